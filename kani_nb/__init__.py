@@ -1,0 +1,81 @@
+"""Chat with a language model you run yourself, in ordinary notebook cells, and see what it costs.
+
+Public names are imported when first used, so that `import kani_nb` loads no heavy library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kani_nb._runtime import Runtime, runtime
+    from kani_nb.config import EngineConfig, GenerationParams
+    from kani_nb.engines.base import BaseCompletion, BaseEngine, Completion, TextDelta
+    from kani_nb.engines.echo import EchoEngine
+    from kani_nb.engines.huggingface import HuggingEngine
+    from kani_nb.errors import KaniNbError
+    from kani_nb.messages import ChatMessage, ChatRole, ToolCall
+    from kani_nb.metrics.recorder import GenerationMetrics
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BaseCompletion": "kani_nb.engines.base",
+    "BaseEngine": "kani_nb.engines.base",
+    "ChatMessage": "kani_nb.messages",
+    "ChatRole": "kani_nb.messages",
+    "Completion": "kani_nb.engines.base",
+    "EchoEngine": "kani_nb.engines.echo",
+    "EngineConfig": "kani_nb.config",
+    "GenerationMetrics": "kani_nb.metrics.recorder",
+    "GenerationParams": "kani_nb.config",
+    "HuggingEngine": "kani_nb.engines.huggingface",
+    "KaniNbError": "kani_nb.errors",
+    "Runtime": "kani_nb._runtime",
+    "TextDelta": "kani_nb.engines.base",
+    "ToolCall": "kani_nb.messages",
+    "runtime": "kani_nb._runtime",
+}
+
+__all__ = [
+    "BaseCompletion",
+    "BaseEngine",
+    "ChatMessage",
+    "ChatRole",
+    "Completion",
+    "EchoEngine",
+    "EngineConfig",
+    "GenerationMetrics",
+    "GenerationParams",
+    "HuggingEngine",
+    "KaniNbError",
+    "Runtime",
+    "TextDelta",
+    "ToolCall",
+    "runtime",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """What `%load_ext kani_nb` calls."""
+    from kani_nb.notebook.extension import load
+
+    load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """What `%unload_ext kani_nb` calls."""
+    from kani_nb.notebook.extension import unload
+
+    unload(shell)

@@ -1,0 +1,1 @@
+"""Engines: the contract, the backends, and how a name becomes one."""

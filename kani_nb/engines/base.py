@@ -1,0 +1,242 @@
+"""The engine contract: what every model backend gives, and what it may be asked.
+
+`stream` is the primitive and `predict` is derived from it; an engine that defines only `predict` gets a `stream` that wraps it.
+The verbs are kani's, so that engines written for kani run here, down to the 0.x style (`message_len`, `token_reserve`).
+Nothing here generates, loads or counts: that is each engine's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from kani_nb.errors import GenerationError
+from kani_nb.messages import ChatMessage
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    CANCELLED = "cancelled"
+
+
+class TextDelta(str):
+    """A piece of the answer's text. All pieces of one stream, joined, are the completion's text."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """A piece of the model's reasoning, kept apart from the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a tool call: which one it belongs to, and what is new of its name and arguments."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """How many of the prompt's tokens have been computed; shown, never part of the answer."""
+
+    done_tokens: int
+    total_tokens: int
+    cached_tokens: int
+
+
+class BaseCompletion(ABC):
+    """The end of an answer: the whole message and what it took."""
+
+    @property
+    def message(self) -> ChatMessage:
+        """The model's message."""
+        raise AttributeError(f"{type(self).__name__} has no message")
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of the prompt, cached ones included."""
+        return None
+
+    @property
+    def completion_tokens(self) -> int | None:
+        """Tokens the model generated, the end-of-sequence token included."""
+        return None
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Tokens of the prompt that were not computed again."""
+        return None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the answer ended."""
+        return None
+
+
+class Completion(BaseCompletion):
+    """A `BaseCompletion` made of plain values."""
+
+    def __init__(
+        self,
+        message: ChatMessage,
+        prompt_tokens: int | None = None,
+        completion_tokens: int | None = None,
+        *,
+        cached_tokens: int | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> None:
+        self._message = message
+        self._prompt_tokens = prompt_tokens
+        self._completion_tokens = completion_tokens
+        self._cached_tokens = cached_tokens
+        self._finish_reason = finish_reason
+
+    message = property(lambda self: self._message, doc=BaseCompletion.message.__doc__)
+    prompt_tokens = property(lambda self: self._prompt_tokens, doc=BaseCompletion.prompt_tokens.__doc__)
+    completion_tokens = property(lambda self: self._completion_tokens, doc=BaseCompletion.completion_tokens.__doc__)
+    cached_tokens = property(lambda self: self._cached_tokens, doc=BaseCompletion.cached_tokens.__doc__)
+    finish_reason = property(lambda self: self._finish_reason, doc=BaseCompletion.finish_reason.__doc__)
+
+    def __repr__(self) -> str:
+        """The message and the counts."""
+        return (
+            f"Completion({self._message!r}, prompt_tokens={self._prompt_tokens}, "
+            f"completion_tokens={self._completion_tokens}, cached_tokens={self._cached_tokens}, "
+            f"finish_reason={self._finish_reason})"
+        )
+
+
+StreamEvent = TextDelta | str | ReasoningDelta | ToolCallDelta | PrefillProgress | BaseCompletion
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """One step of loading, for people to read. `fraction` is in [0, 1], or None where it cannot be known."""
+
+    stage: str
+    detail: str = ""
+    fraction: float | None = None
+
+
+ProgressCallback = Callable[[LoadProgress], None]
+
+
+class BaseEngine(ABC):
+    """A language model backend.
+
+    A constructor only describes; `load` acts and `close` frees, and each is safe to call twice. The first use loads. All
+    coroutines of one engine are called on one event loop; closing the iterator that `stream` returned ends the generation.
+    """
+
+    #: Tokens of prompt and answer together that the model can hold.
+    max_context_size: int = 0
+    #: kani's name for what a call gets when the functions' budget is used up.
+    disable_function_calling_kwargs: ClassVar[dict[str, Any]] = {"include_functions": False}
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the engine can answer without loading anything."""
+        return True
+
+    async def load(self, progress: ProgressCallback | None = None) -> None:
+        """Make the engine ready. `progress` is called on any thread."""
+
+    async def close(self) -> None:
+        """Free what `load` took."""
+
+    def prompt_len(
+        self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None, **kwargs: Any
+    ) -> int | Awaitable[int]:
+        """Tokens of the whole prompt made of `messages`; may be a coroutine in engines that must ask a server.
+
+        The default is the 0.x sum: `message_len` of each, `token_reserve` and `function_token_reserve`.
+        """
+        if type(self).message_len is BaseEngine.message_len:
+            raise TypeError(f"{type(self).__name__} must define prompt_len (or message_len)")
+        reserve = self.token_reserve + (self.function_token_reserve(list(functions)) if functions else 0)
+        return sum(self.message_len(message) for message in messages) + reserve
+
+    async def predict(
+        self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None, **hyperparams: Any
+    ) -> BaseCompletion:
+        """The whole answer to `messages`.
+
+        Raises:
+            GenerationError: the stream ended without a completion.
+        """
+        if type(self).stream is BaseEngine.stream:
+            raise TypeError(f"{type(self).__name__} must define stream or predict")
+        completion = None
+        async with aclosing(self.stream(messages, functions, **hyperparams)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, BaseCompletion):
+                    completion = event
+        if completion is None:
+            raise GenerationError(
+                f"{type(self).__name__}.stream ended without a completion",
+                fix="its last event must be a BaseCompletion",
+            )
+        return completion
+
+    async def stream(
+        self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None, **hyperparams: Any
+    ) -> AsyncIterator[StreamEvent]:
+        """The answer piece by piece: deltas, then exactly one `BaseCompletion`.
+
+        Closing the iterator early stops the generation; the default wraps `predict`, which then is cancelled.
+        """
+        completion = await self.predict(messages, functions, **hyperparams)
+        if completion.message.text:
+            yield TextDelta(completion.message.text)
+        yield completion
+
+    # The 0.x style of kani; `prompt_len` is the truth where an engine defines it.
+
+    #: Tokens that every prompt costs beyond its messages (0.x style).
+    token_reserve: int = 0
+
+    def message_len(self, message: ChatMessage) -> int:
+        """Tokens of one message (0.x style); by default those of a prompt that holds only it.
+
+        Raises:
+            TypeError: `prompt_len` is a coroutine in this engine.
+        """
+        length = self.prompt_len([message])
+        if inspect.isawaitable(length):
+            if inspect.iscoroutine(length):
+                length.close()
+            raise TypeError(f"{type(self).__name__}.prompt_len is a coroutine: await it instead of message_len")
+        return length
+
+    def function_token_reserve(self, functions: list[Any]) -> int:
+        """Tokens that `functions` cost in every prompt (0.x style)."""
+        return 0
+
+    def __repr__(self) -> str:
+        """The class and the context; never a module tree or a secret."""
+        return f"{type(self).__name__}(max_context_size={self.max_context_size})"
+
+
+async def prompt_len(
+    engine: BaseEngine, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None
+) -> int:
+    """`engine.prompt_len`, whichever of its two forms, counted off the event loop when it is the blocking one."""
+    import asyncio
+
+    length = await asyncio.to_thread(engine.prompt_len, messages, functions)
+    return await length if inspect.isawaitable(length) else length

@@ -1,0 +1,1 @@
+"""Pure functions from metrics to figures; the only place that imports plotly."""

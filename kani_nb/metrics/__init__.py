@@ -1,0 +1,1 @@
+"""What each answer took, and how it is measured."""

@@ -1,0 +1,110 @@
+"""What each answer took: one frozen record per generation, and the list that keeps the latest thousand.
+
+All times are measured by `conversation.session` around the engine's stream, so that every engine is measured alike.
+This module does not measure and does not draw.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, overload
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationMetrics:
+    """One generation. Seconds, bytes and tokens; None is what could not be known.
+
+    Attributes:
+        turn: number of the turn along its branch, from 1.
+        ttft_s: from the request to the first text, context fitting included, loading and queueing excluded.
+        tpot_s: mean time per token after the first one.
+        tokens_per_s: completion tokens over the time from the first to the last of them.
+        duration_s: from the request to the end of the answer.
+        queued_s: time spent waiting for the engine before that.
+        prompt_tokens: tokens of the prompt, cached ones included.
+        cached_tokens: tokens of the prompt that were not computed again.
+        completion_tokens: tokens generated, the end-of-sequence token included.
+        peak_bytes: highest memory seen while generating; `peak_source` says of what.
+        peak_source: `cuda` (the allocator's peak) or `rss` (the process's resident memory).
+        weight_bytes, kv_bytes: the engine's own, after the answer.
+        free_bytes: free memory of the device after the answer.
+        finish_reason: `stop`, `length`, `tool_calls`, `cancelled` (stopped), `interrupted` or `error`.
+    """
+
+    model: str
+    turn: int = 0
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    tokens_per_s: float | None = None
+    duration_s: float = 0.0
+    queued_s: float = 0.0
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+    peak_bytes: int | None = None
+    peak_source: str = "rss"
+    weight_bytes: int | None = None
+    kv_bytes: int | None = None
+    free_bytes: int | None = None
+    context_tokens: int | None = None
+    max_context_size: int | None = None
+    finish_reason: str = ""
+    conversation: str = ""
+    started_at: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, with the attributes' names as keys."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> GenerationMetrics:
+        """The metrics that `to_dict` described; unknown keys of newer versions are dropped."""
+        return cls(**{key: record[key] for key in cls.__dataclass_fields__ if key in record})
+
+
+Listener = Callable[[GenerationMetrics], None]
+
+
+class Recorder(Sequence[GenerationMetrics]):
+    """The latest generations, oldest first. Appended to on the loop thread; reading is safe from any thread."""
+
+    def __init__(self, maxlen: int = 1000) -> None:
+        self._records: deque[GenerationMetrics] = deque(maxlen=maxlen)
+        self._listeners: list[Listener] = []
+
+    @overload
+    def __getitem__(self, index: int) -> GenerationMetrics: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[GenerationMetrics]: ...
+    def __getitem__(self, index: int | slice) -> GenerationMetrics | list[GenerationMetrics]:
+        """As a list."""
+        return list(self._records)[index]
+
+    def __len__(self) -> int:
+        """How many are kept."""
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[GenerationMetrics]:
+        """Over a copy, so that recording meanwhile does no harm."""
+        return iter(list(self._records))
+
+    def add(self, metrics: GenerationMetrics) -> None:
+        """Keep `metrics` and tell every listener."""
+        self._records.append(metrics)
+        for listener in list(self._listeners):
+            listener(metrics)
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener` for each new record, on the thread that adds it; the result undoes it."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener) if listener in self._listeners else None
+
+    def clear(self) -> None:
+        """Forget all records; the listeners stay."""
+        self._records.clear()
+
+    def __repr__(self) -> str:
+        """How many there are."""
+        return f"<Recorder of {len(self)} generations>"
