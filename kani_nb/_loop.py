@@ -1,7 +1,7 @@
 """The one background event loop, and how other threads and other loops reach it.
 
-Jupyter never awaits a magic, and a kernel's own loop is busy while a cell runs; so engines and sessions live on a loop of
-their own, in a daemon thread. Nothing here knows what runs on it.
+Jupyter never awaits a magic, and a kernel's own loop is busy while a cell runs; so engines and sessions live on a loop
+of their own, in a daemon thread. Nothing here knows what runs on it.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ class LoopThread:
 def wait(future: concurrent.futures.Future[T], pump: Callable[[], None] | None = None, interval_s: float = 0.03) -> T:
     """Block the calling thread until `future` is done, calling `pump` every `interval_s`, and return its result.
 
-    Waits on a `threading.Event` in short steps: `Thread.join` is corrupted by a KeyboardInterrupt on CPython 3.9-3.12, and
-    on Windows only a wait with a timeout can be interrupted.
+    Waits on a `threading.Event` in short steps: `Thread.join` is corrupted by a KeyboardInterrupt on CPython 3.9-3.12,
+    and on Windows only a wait with a timeout can be interrupted.
     """
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())

@@ -1,7 +1,8 @@
 """What can be asked for, as frozen records: how an engine is loaded, and how an answer is generated.
 
-One table of options makes the command line, its help, its completion and its printed equivalent, so that they cannot drift
-apart. Magics, the panel, the planner and the engines read only these records. Nothing here loads or looks at the machine.
+One table of options makes the command line, its help, its completion and its printed equivalent, so that they cannot
+drift apart. Magics, the panel, the planner and the engines read only these records. Nothing here loads or looks at the
+machine.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@
         ├── ConversationBusyError  a round is already running on this conversation
         └── StoreError           the conversations' database cannot be read or written
 
-The message of each says what happened (with the value), why, and the next command. Inside IPython it is shown as that one
-paragraph, and the cell fails; the traceback of an unexpected exception is never hidden.
+The message of each says what happened (with the value), why, and the next command. Inside IPython it is shown as that
+one paragraph, and the cell fails; the traceback of an unexpected exception is never hidden.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The engine contract: what every model backend gives, and what it may be asked.
 
-`stream` is the primitive and `predict` is derived from it; an engine that defines only `predict` gets a `stream` that wraps it.
-The verbs are kani's, so that engines written for kani run here, down to the 0.x style (`message_len`, `token_reserve`).
-Nothing here generates, loads or counts: that is each engine's own.
+`stream` is the primitive and `predict` is derived from it; an engine that defines only `predict` gets a `stream` that
+wraps it. The verbs are kani's, so that engines written for kani run here, down to the 0.x style (`message_len`,
+`token_reserve`). Nothing here generates, loads or counts: that is each engine's own.
 """
 
 from __future__ import annotations
@@ -52,11 +52,15 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """How many of the prompt's tokens have been computed; shown, never part of the answer."""
+    """How many of the prompt's tokens have been computed; shown, never part of the answer.
+
+    The first one is sent when the engine starts on the request, and says how long it waited for the device.
+    """
 
     done_tokens: int
     total_tokens: int
     cached_tokens: int
+    queued_s: float = 0.0
 
 
 class BaseCompletion(ABC):
@@ -136,11 +140,21 @@ class LoadProgress:
 ProgressCallback = Callable[[LoadProgress], None]
 
 
-class BaseEngine(ABC):
+@dataclass(frozen=True, slots=True)
+class EngineMemory:
+    """What an engine holds, in bytes, and on which device (`cpu`, `cuda:0`)."""
+
+    weight_bytes: int
+    kv_bytes: int
+    device: str
+
+
+class BaseEngine(ABC):  # noqa: B024 - what is abstract is checked when it is called: `stream` or `predict`, either
+will do
     """A language model backend.
 
-    A constructor only describes; `load` acts and `close` frees, and each is safe to call twice. The first use loads. All
-    coroutines of one engine are called on one event loop; closing the iterator that `stream` returned ends the generation.
+    A constructor only describes; `load` acts and `close` frees, and each is safe to call twice. The first use loads.
+    Closing the iterator that `stream` returned ends the generation.
     """
 
     #: Tokens of prompt and answer together that the model can hold.
@@ -153,11 +167,15 @@ class BaseEngine(ABC):
         """Whether the engine can answer without loading anything."""
         return True
 
-    async def load(self, progress: ProgressCallback | None = None) -> None:
+    async def load(self, progress: ProgressCallback | None = None) -> None:  # noqa: B027 - optional
         """Make the engine ready. `progress` is called on any thread."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 - optional
         """Free what `load` took."""
+
+    def memory(self) -> EngineMemory | None:
+        """What the engine holds in this process, or None where that is not known. Safe from any thread."""
+        return None
 
     def prompt_len(
         self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None, **kwargs: Any
