@@ -63,7 +63,7 @@ class PrefillProgress:
     queued_s: float = 0.0
 
 
-class BaseCompletion(ABC):
+class BaseCompletion:
     """The end of an answer: the whole message and what it took."""
 
     @property
@@ -149,8 +149,7 @@ class EngineMemory:
     device: str
 
 
-class BaseEngine(ABC):  # noqa: B024 - what is abstract is checked when it is called: `stream` or `predict`, either
-will do
+class BaseEngine(ABC):  # noqa: B024 - which of stream and predict is defined is seen when it is called
     """A language model backend.
 
     A constructor only describes; `load` acts and `close` frees, and each is safe to call twice. The first use loads.

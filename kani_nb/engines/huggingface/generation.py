@@ -1,0 +1,181 @@
+"""One generation on a loaded model: the prompt in chunks, then a token at a time, until something says stop.
+
+A loop of our own instead of `generate`: it stops inside a long prompt, reuses the states of earlier prompts, gives each
+request its own random generator, never holds a finished word back, and costs less per token. It blocks, and so runs in
+a worker's thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kani_nb.config import GenerationParams
+from kani_nb.engines.base import Completion, FinishReason, PrefillProgress, StreamEvent, TextDelta
+from kani_nb.engines.huggingface.prefix_cache import CacheEntry, PrefixCache
+from kani_nb.engines.huggingface.prompting import AnswerMemory
+from kani_nb.engines.huggingface.sampling import Sampler
+from kani_nb.engines.huggingface.text_stream import Detokenizer, StopStrings
+from kani_nb.errors import PromptTooLongError
+from kani_nb.messages import ChatMessage
+
+Emit = Callable[[StreamEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, and what was decided when it was loaded.
+
+    Attributes:
+        eos_ids: tokens that end an answer.
+        context_tokens: tokens of prompt and answer that the model can hold.
+        chunk_tokens: tokens of a prompt that are computed in one forward pass.
+        device: where the input ids go, for example `cpu` or `cuda:0`.
+    """
+
+    model: Any
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    context_tokens: int
+    chunk_tokens: int
+    device: str
+    dtype: str
+    weight_bytes: int
+    origin: str
+    threads: int | None
+    keeps_few_logits: bool
+
+
+class Generation:
+    """One request: `run` it once, in the thread that holds the engine's slot.
+
+    Args:
+        loaded: the model.
+        ids: the prompt's tokens.
+        params: how to generate.
+        cache: states of earlier prompts.
+        memory: ids of earlier answers.
+        stop: set by whoever no longer wants the answer.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        ids: list[int],
+        params: GenerationParams,
+        cache: PrefixCache,
+        memory: AnswerMemory,
+        stop: threading.Event,
+    ) -> None:
+        room = loaded.context_tokens - len(ids)
+        if room < 1:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids):,} tokens",
+                why=f"the model holds {loaded.context_tokens:,} of prompt and answer together",
+                fix="shorten it, or start afresh with %chat new",
+            )
+        self._loaded = loaded
+        self._ids = list(ids)
+        self._prompt_tokens = len(ids)
+        self._limit = min(params.max_new_tokens, room)
+        self._params = params
+        self._cache = cache
+        self._memory = memory
+        self._stop = stop
+        self._eos_ids = params.eos_token_id or loaded.eos_ids
+        self._sampler = Sampler(params, loaded.model.generation_config, self._eos_ids, loaded.device)
+
+    def run(self, emit: Emit, queued_s: float) -> None:
+        """Emit progress, text and at last the completion."""
+        import torch
+
+        entry = self._cache.take(self._ids, self._prompt_tokens + self._limit)
+        cached = len(entry.ids)
+        try:
+            with torch.inference_mode():
+                emit(PrefillProgress(cached, self._prompt_tokens, cached, queued_s))
+                logits = self._prefill(entry, emit, cached)
+                text, reason = ("", FinishReason.CANCELLED) if logits is None else self._decode(entry, logits, emit)
+        except BaseException:
+            self._cache.drop(entry)
+            raise
+        self._cache.give_back(entry)
+        generated = len(self._ids) - self._prompt_tokens
+        if generated:
+            self._memory.remember(self._ids)
+        emit(
+            Completion(
+                ChatMessage.assistant(text),
+                self._prompt_tokens,
+                generated,
+                cached_tokens=cached,
+                finish_reason=reason,
+            )
+        )
+
+    def _forward(self, entry: CacheEntry, tokens: Sequence[int]) -> Any:
+        """The logits `(1, V)` after `tokens`, whose states `entry` then holds."""
+        import torch
+
+        options = {"logits_to_keep": 1} if self._loaded.keeps_few_logits else {}
+        output = self._loaded.model(
+            input_ids=torch.tensor([tokens], device=self._loaded.device),
+            past_key_values=entry.cache,
+            use_cache=True,
+            **options,
+        )
+        entry.ids.extend(tokens)
+        return output.logits[:, -1, :]
+
+    def _prefill(self, entry: CacheEntry, emit: Emit, cached: int) -> Any:
+        """The logits after the prompt, or None if the answer is no longer wanted."""
+        logits = None
+        while (start := len(entry.ids)) < self._prompt_tokens:
+            if self._stop.is_set():
+                return None
+            end = min(start + self._loaded.chunk_tokens, self._prompt_tokens)
+            logits = self._forward(entry, self._ids[start:end])
+            entry.chunks.append((start, end))
+            if end < self._prompt_tokens:
+                emit(PrefillProgress(end, self._prompt_tokens, cached))
+        return logits
+
+    def _decode(self, entry: CacheEntry, logits: Any, emit: Emit) -> tuple[str, FinishReason]:
+        detokenizer = Detokenizer(self._loaded.tokenizer, self._ids)
+        stops = StopStrings(self._params.stop_strings)
+        said: list[str] = []
+
+        def say(text: str) -> None:
+            if text:
+                said.append(text)
+                emit(TextDelta(text))
+
+        reason = FinishReason.LENGTH
+        for number in range(self._limit):
+            if self._stop.is_set():
+                reason = FinishReason.CANCELLED
+                break
+            token = self._sampler.choose(logits, self._ids_tensor(), number)
+            self._ids.append(token)
+            if token in self._eos_ids:
+                reason = FinishReason.STOP
+                break
+            say(stops.push(detokenizer.push(token)))
+            if stops.is_found:
+                reason = FinishReason.STOP
+                break
+            if number + 1 < self._limit:
+                logits = self._forward(entry, [token])
+        if not stops.is_found:
+            say(stops.push(detokenizer.finish()) + stops.finish())
+        return "".join(said), reason
+
+    def _ids_tensor(self) -> Any:
+        """All ids so far, `(1, T) int64`, for the processors that look back; None where none does."""
+        if not self._sampler.needs_ids:
+            return None
+        import torch
+
+        return torch.tensor([self._ids], device=self._loaded.device)

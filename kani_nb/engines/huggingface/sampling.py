@@ -1,0 +1,99 @@
+"""From logits to the next token, with transformers' own processors and a random generator per request.
+
+`generate` draws from the process's global generator, so that two answers at once, or a plot in another cell, change
+each other's text. Here each request owns its generator. What the parameters leave open is taken from the model's
+generation config, in transformers' order and with its defaults.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from kani_nb.config import GenerationParams
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+
+
+class Sampler:
+    """Chooses tokens for one request.
+
+    Args:
+        params: what was asked; None means the model's own default.
+        defaults: the model's generation config.
+        eos_ids: tokens that end the answer, forbidden until `min_new_tokens`.
+        device: where the logits are.
+    """
+
+    def __init__(self, params: GenerationParams, defaults: Any, eos_ids: Sequence[int], device: Any) -> None:
+        import torch
+
+        def chosen(name: str) -> Any:
+            asked = getattr(params, name)
+            return asked if asked is not None else getattr(defaults, name, None)
+
+        asks_to_sample = any(getattr(params, name) is not None for name in _SAMPLING) and params.temperature != 0
+        do_sample = params.do_sample
+        if do_sample is None:
+            do_sample = asks_to_sample or bool(getattr(defaults, "do_sample", False))
+        self.is_greedy = not do_sample or chosen("temperature") == 0
+        self.seed: int | None = None
+        self._generator: Any = None
+        self._processors = self._build(chosen)
+        if not self.is_greedy:
+            self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4))
+            self._generator = torch.Generator(device=device).manual_seed(self.seed)
+        self._min_new_tokens = chosen("min_new_tokens") or 0
+        self._eos_ids = list(eos_ids)
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether `choose` must be given the ids so far."""
+        return bool(self._processors)
+
+    def _build(self, chosen: Any) -> list[Any]:
+        from transformers.generation import logits_process as lp
+
+        processors: list[Any] = []
+        if (penalty := chosen("repetition_penalty")) not in (None, 1, 1.0):
+            processors.append(lp.RepetitionPenaltyLogitsProcessor(penalty=float(penalty)))
+        if size := chosen("no_repeat_ngram_size"):
+            processors.append(lp.NoRepeatNGramLogitsProcessor(size))
+        if self.is_greedy:
+            return processors
+        temperature = chosen("temperature")
+        if temperature not in (None, 1, 1.0):
+            processors.append(lp.TemperatureLogitsWarper(float(temperature)))
+        if top_k := chosen("top_k"):
+            processors.append(lp.TopKLogitsWarper(top_k=top_k))
+        if (top_p := chosen("top_p")) is not None and top_p < 1:
+            processors.append(lp.TopPLogitsWarper(top_p=float(top_p)))
+        if min_p := chosen("min_p"):
+            processors.append(lp.MinPLogitsWarper(min_p=float(min_p)))
+        if (typical_p := chosen("typical_p")) is not None and typical_p < 1:
+            processors.append(lp.TypicalLogitsWarper(mass=float(typical_p)))
+        return processors
+
+    def choose(self, logits: Any, ids: Any, new_tokens: int) -> int:
+        """The next token.
+
+        Args:
+            logits: `(1, V)`, of the last position.
+            ids: `(1, T) int64`, prompt and answer so far; may be None unless `needs_ids`.
+            new_tokens: how many tokens the answer has already.
+        """
+        import torch
+
+        if new_tokens < self._min_new_tokens and self._eos_ids:
+            logits = logits.clone()
+            logits[:, self._eos_ids] = -torch.inf
+        if self.is_greedy and not self._processors:
+            return int(logits.argmax(dim=-1))
+        scores = logits.float()
+        for processor in self._processors:
+            scores = processor(ids, scores)
+        if self.is_greedy:
+            return int(scores.argmax(dim=-1))
+        probabilities = torch.softmax(scores, dim=-1)
+        return int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))

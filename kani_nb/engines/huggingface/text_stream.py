@@ -1,0 +1,87 @@
+"""From token ids to text that can be shown at once: whole characters only, and nothing of a stop string.
+
+A byte-level tokenizer may spread one character over several tokens, and a stop string may begin in one token and end in
+another. What cannot be decided yet is held back, and no longer than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_UNDECIDED = "\ufffd"
+#: A character has at most four bytes, so a replacement character that stays longer was really meant.
+_MOST_PENDING_TOKENS = 8
+
+
+class Detokenizer:
+    """Text of a growing list of token ids, special tokens left out.
+
+    Each step decodes only a short window: the tokens of the last piece, for the spaces that depend on what stands
+    before, and those not shown yet.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        # A few tokens of the prompt settle whether the first word keeps its space.
+        self._ids = list(prompt_ids[-4:])
+        self._start = 0
+        self._shown = len(self._ids)
+
+    def _decode(self, start: int, end: int) -> str:
+        text: str = self._tokenizer.decode(
+            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty while a character is unfinished."""
+        self._ids.append(token_id)
+        return self._advance(is_final=False)
+
+    def finish(self) -> str:
+        """What is left, with a replacement character for bytes that never became one."""
+        return self._advance(is_final=True) if self._shown < len(self._ids) else ""
+
+    def _advance(self, *, is_final: bool) -> str:
+        before = self._decode(self._start, self._shown)
+        after = self._decode(self._start, len(self._ids))
+        is_pending = after.endswith(_UNDECIDED) and len(self._ids) - self._shown < _MOST_PENDING_TOKENS
+        if is_pending and not is_final:
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        # The window's first tokens decode to the same text both times, whatever stood before them.
+        return after[len(before) :] if after.startswith(before) else after
+
+
+class StopStrings:
+    """Cuts a stream of text before the first stop string; the stop string itself is not shown."""
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stops = tuple(stop_strings)
+        self._held = ""
+        self.is_found = False
+
+    def push(self, text: str) -> str:
+        """What of `text` (and of what was held back) can be shown now."""
+        if not self._stops:
+            return text
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.is_found = True
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = max(self._overlap(stop) for stop in self._stops)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back and turned out not to be a stop string."""
+        shown, self._held = self._held, ""
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        """Characters at the end of the held text that could be the beginning of `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
