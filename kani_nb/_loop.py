@@ -85,21 +85,12 @@ class LoopThread:
         here = asyncio.get_running_loop()
         queue: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue()
 
-        def hand_over(entry: tuple[bool, Any]) -> None:
+        def hand_over(has_item: bool, item: Any) -> None:
             if not here.is_closed():
-                here.call_soon_threadsafe(queue.put_nowait, entry)
+                here.call_soon_threadsafe(queue.put_nowait, (has_item, item))
 
-        async def pump() -> None:
-            try:
-                async with aclosing(open_stream()) as stream:  # type: ignore[type-var]
-                    async for item in stream:
-                        hand_over((True, item))
-            except BaseException as error:
-                hand_over((False, error))
-                raise
-            hand_over((False, None))
-
-        future = self.submit(pump())
+        future = self.submit(_pump(open_stream, hand_over))
+        has_item = True
         try:
             while True:
                 has_item, item = await queue.get()
@@ -109,8 +100,10 @@ class LoopThread:
             if item is not None:
                 raise item
         finally:
-            if not future.done():
+            if has_item:
                 future.cancel()
+                while (await queue.get())[0]:
+                    pass  # until the generator is closed there, which its last entry tells
 
     def close(self) -> None:
         """Cancel what runs, stop the loop and end its thread. Safe to call twice."""
@@ -130,6 +123,18 @@ class LoopThread:
         thread.join(timeout=5)
         if not thread.is_alive():
             loop.close()
+
+
+async def _pump(open_stream: Callable[[], AsyncIterator[T]], hand_over: Callable[[bool, Any], None]) -> None:
+    """Hand over every item, and last None or the exception."""
+    try:
+        async with aclosing(open_stream()) as stream:  # type: ignore[type-var]
+            async for item in stream:
+                hand_over(True, item)
+    except BaseException as error:
+        hand_over(False, error)
+        raise
+    hand_over(False, None)
 
 
 def wait(future: concurrent.futures.Future[T], pump: Callable[[], None] | None = None, interval_s: float = 0.03) -> T:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from kani_nb.errors import GenerationError
 from kani_nb.messages import ChatMessage
@@ -29,9 +29,20 @@ class FinishReason(StrEnum):
 
 
 class TextDelta(str):
-    """A piece of the answer's text. All pieces of one stream, joined, are the completion's text."""
+    """A piece of the answer's text. All pieces of one stream, joined, are the completion's text.
 
-    __slots__ = ()
+    Attributes:
+        tokens: how many tokens the answer has so far, where the engine knows; so that a stopped answer can be counted.
+    """
+
+    __slots__ = ("tokens",)
+    tokens: int | None
+
+    def __new__(cls, text: str = "", tokens: int | None = None) -> Self:
+        """A piece, with the answer's tokens so far."""
+        piece = super().__new__(cls, text)
+        piece.tokens = tokens
+        return piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +176,9 @@ class BaseEngine(ABC):  # noqa: B024 - which of stream and predict is defined is
     def is_loaded(self) -> bool:
         """Whether the engine can answer without loading anything."""
         return True
+
+    async def prepare(self, progress: ProgressCallback | None = None) -> None:  # noqa: B027 - optional
+        """Do what `load` needs and can be done without taking memory: find files, download them, check them."""
 
     async def load(self, progress: ProgressCallback | None = None) -> None:  # noqa: B027 - optional
         """Make the engine ready. `progress` is called on any thread."""

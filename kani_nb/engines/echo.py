@@ -114,7 +114,7 @@ class EchoEngine(BaseEngine):
                     raise GenerationError(f"EchoEngine failed after {number} words", why="fail_after asked for it")
                 await asyncio.sleep(self.delay)
                 said.append(word)
-                yield TextDelta(word)
+                yield TextDelta(word, len(said))
             yield Completion(
                 ChatMessage.assistant("".join(said)),
                 prompt_tokens,

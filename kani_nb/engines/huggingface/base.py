@@ -114,6 +114,7 @@ class HuggingEngine(BaseEngine):
         self._loaded: LoadedModel | None = None
         self._cache: PrefixCache | None = None
         self._loading: asyncio.Lock | None = None
+        self._running: threading.Event | None = None  # the stop flag of the answer that is being generated
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Self:
@@ -259,9 +260,11 @@ class HuggingEngine(BaseEngine):
         self._loaded = loaded
 
     async def close(self) -> None:
-        """Free the weights and all states. Waits for an answer that is being generated to end."""
+        """Free the weights and all states. An answer that is being generated ends at its next token."""
         if self._loaded is None:
             return
+        if (running := self._running) is not None:
+            running.set()
         await self.slot.acquire()
         try:
             self._loaded = None
@@ -389,6 +392,7 @@ class HuggingEngine(BaseEngine):
         loaded, cache = self._loaded, self._cache
         if loaded is None or cache is None or self._memory is None:
             raise GenerationError(f"{self.model_id} was unloaded while the request waited", fix="%load_engine it again")
+        self._running = stop
         try:
             if loaded.threads is not None:
                 import torch
@@ -404,6 +408,8 @@ class HuggingEngine(BaseEngine):
                 cache.clear()
                 raise loading.out_of_memory(f"{self.model_id} was answering") from None
             raise GenerationError(f"{self.model_id} failed while answering", why=loading.short(error)) from error
+        finally:
+            self._running = None
 
 
 def _full_context_bytes(loaded: LoadedModel) -> int:

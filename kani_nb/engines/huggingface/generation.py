@@ -150,7 +150,7 @@ class Generation:
         def say(text: str) -> None:
             if text:
                 said.append(text)
-                emit(TextDelta(text))
+                emit(TextDelta(text, len(self._ids) - self._prompt_tokens))
 
         reason = FinishReason.LENGTH
         for number in range(self._limit):

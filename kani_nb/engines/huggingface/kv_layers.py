@@ -13,7 +13,7 @@ import functools
 from typing import Any
 
 #: Tokens of room that a buffer gets beyond what it holds, at least.
-_SPARE_TOKENS = 256
+_SPARE_TOKENS = 64
 
 
 @functools.cache

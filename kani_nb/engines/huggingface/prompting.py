@@ -31,7 +31,7 @@ def template_records(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
             if isinstance(part, MediaPart):
                 raise PromptError(f"this model reads only text, and the message holds {part.mime}", fix="remove it")
         record: dict[str, Any] = {"role": _TEMPLATE_ROLES.get(message.role, message.role.value)}
-        record["content"] = check_text(message.text)
+        record["content"] = message.text if message.role is ChatRole.ASSISTANT else check_text(message.text)
         if message.tool_calls:
             calls = [(call.id, call.function) for call in message.tool_calls]
             record["tool_calls"] = [

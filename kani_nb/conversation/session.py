@@ -1,0 +1,407 @@
+"""A conversation that can be asked: one round is one transaction on the tree and in the store.
+
+A session lives on the runtime's event loop and is called from anywhere: from a notebook's own loop, from plain threads,
+from magics. It decides what is committed: the user's message and the answer together (whole, or partial and marked
+interrupted), or neither. How an answer is generated and timed is `round`; where a turn belongs is `tree`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from kani_nb._loop import LoopThread
+from kani_nb.conversation.journal import Journal
+from kani_nb.conversation.reply import ChatReply, Notice, Prompt, SessionEvent, user_message
+from kani_nb.conversation.round import Round, RoundRequest
+from kani_nb.conversation.store import ConversationStore
+from kani_nb.conversation.tree import CellRef, Conversation, Turn, new_id
+from kani_nb.engines.base import BaseEngine
+from kani_nb.errors import ConversationBusyError, ConversationError, StoreError
+from kani_nb.messages import ChatMessage
+from kani_nb.metrics.recorder import GenerationMetrics, Recorder
+
+__all__ = ["ChatReply", "ChatSession", "Notice", "Prompt", "SessionEvent"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where the new turn goes, and what it says."""
+
+    prompt: ChatMessage
+    parent_id: str | None
+    cell: CellRef
+
+
+class ChatSession:
+    """One conversation on the current engine. Reading is safe from any thread.
+
+    Args:
+        conversation: what is continued.
+        loop: where rounds run.
+        engine: gives the current engine, or raises `NoEngineError`.
+        recorder: gets the metrics of every committed answer, on the loop's thread.
+        store: where turns are kept; None keeps them in memory only.
+        engine_name: gives the current engine's name, for the record.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        *,
+        loop: LoopThread,
+        engine: Callable[[], BaseEngine],
+        recorder: Recorder,
+        store: ConversationStore | None,
+        engine_name: Callable[[], str],
+    ) -> None:
+        self._conversation = conversation
+        self._loop = loop
+        self._engine = engine
+        self._recorder = recorder
+        self._store = store
+        self._engine_name = engine_name
+        self._lock = threading.Lock()
+        self._is_busy = False
+        self._round: Round | None = None
+        self._early_stop = ""
+        self._is_in_step = True
+
+    @property
+    def conversation(self) -> Conversation:
+        """The conversation as it is now: immutable, so that it can be kept."""
+        return self._conversation
+
+    @property
+    def history(self) -> list[ChatMessage]:
+        """The messages along the current branch, without the system prompt."""
+        return self._conversation.history
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt."""
+        return self._conversation.system
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The turns along the current branch."""
+        return self._conversation.path()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a round is running."""
+        return self._is_busy
+
+    # Rounds.
+
+    async def ask(
+        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, **params: Any
+    ) -> ChatReply:
+        """The answer to `prompt`. Awaitable from any event loop; cancelling ends the answer and keeps what has come.
+
+        Args:
+            prompt: text, or a tuple of parts and strings.
+            cell: the notebook cell that asks; see `Conversation.place`.
+            append: never replace an earlier turn of the same cell.
+            **params: generation parameters under transformers' names, given to the engine as they are.
+
+        Raises:
+            PromptError: the prompt is empty, or the model cannot be given it.
+            PromptTooLongError: the prompt alone does not fit the context.
+            ConversationBusyError: a round is running on this conversation.
+            NoEngineError: no engine is loaded.
+            EngineError: generation failed. As with every error, nothing was committed then.
+        """
+        return await self._loop.run(self._reply(lambda: self._ask_plan(prompt, cell, append), params))
+
+    def ask_sync(
+        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, **params: Any
+    ) -> ChatReply:
+        """`ask` for threads that cannot await: blocks until the answer is there. See `ask` for what it raises.
+
+        A `KeyboardInterrupt` ends the answer, keeps what has come, and is raised again.
+
+        Raises:
+            RuntimeError: called on the loop's own thread.
+        """
+        return self._loop.run_sync(self._reply(lambda: self._ask_plan(prompt, cell, append), params))
+
+    def stream(
+        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, **params: Any
+    ) -> AsyncIterator[SessionEvent]:
+        """The answer piece by piece, on any event loop; the last item is the `ChatReply`.
+
+        Items are the engine's deltas and progress (its completion is in the reply), and `Notice`s, which are strings
+        too and no part of the answer; those known at the end are in the reply only.
+        Leaving early ends the answer and keeps what has come. Raises what `ask` raises, when iterated.
+        """
+        return self._loop.iterate(lambda: self._run(lambda: self._ask_plan(prompt, cell, append), params))
+
+    async def retry(self, number: int | None = None, **params: Any) -> ChatReply:
+        """Another answer to turn `number` of the branch (the last when None), as its sibling; the old one is kept.
+
+        Raises:
+            ConversationError: there is no such turn. See `ask` for the others.
+        """
+        return await self._loop.run(self._reply(lambda: self._again_plan(number), params))
+
+    def stream_retry(self, number: int | None = None, **params: Any) -> AsyncIterator[SessionEvent]:
+        """`retry` piece by piece; see `stream`."""
+        return self._loop.iterate(lambda: self._run(lambda: self._again_plan(number), params))
+
+    async def edit(self, number: int, prompt: Prompt, **params: Any) -> ChatReply:
+        """Ask `prompt` in the place of turn `number` of the branch, as its sibling; the old one is kept.
+
+        Raises:
+            ConversationError: there is no such turn. See `ask` for the others.
+        """
+        return await self._loop.run(self._reply(lambda: self._again_plan(number, prompt), params))
+
+    def stream_edit(self, number: int, prompt: Prompt, **params: Any) -> AsyncIterator[SessionEvent]:
+        """`edit` piece by piece; see `stream`."""
+        return self._loop.iterate(lambda: self._run(lambda: self._again_plan(number, prompt), params))
+
+    def stop(self) -> bool:
+        """End the running answer at its next token, from any thread; False when none is running.
+
+        The partial answer is committed with the finish reason `cancelled`. Where no text has come, nothing is.
+        """
+        return self._stop("cancelled")
+
+    def interrupt(self) -> bool:
+        """As `stop`, with the finish reason `interrupted`."""
+        return self._stop("interrupted")
+
+    def _stop(self, reason: str) -> bool:
+        with self._lock:
+            if not self._is_busy:
+                return False
+            if self._round is None:  # asked for, and not started yet
+                self._early_stop = self._early_stop or reason
+                return True
+            return self._round.stop(reason)
+
+    # Changes without an answer.
+
+    def undo(self, n: int = 1) -> int:
+        """Move the head `n` turns up, and return how many it moved (fewer where the branch is shorter).
+
+        As with `switch`, `set_system` and `rename`: where the store cannot be written, the change holds in memory, is
+        written with the next round, and the `StoreError` is raised.
+
+        Raises:
+            ConversationError: `n` is below 1.
+            ConversationBusyError: a round is running.
+        """
+        with self._changing():
+            before = len(self.turns)
+            self._conversation = self._conversation.undone(n)
+            self._write_head()
+            return before - len(self.turns)
+
+    def switch(self, branch_number: int) -> None:
+        """Go to the end of another branch, by its number in `conversation.branches()`, from 1.
+
+        Raises:
+            ConversationError: there is no such branch.
+            ConversationBusyError: a round is running.
+        """
+        with self._changing():
+            self._conversation = self._conversation.moved_to(self._conversation.branch(branch_number).id)
+            self._write_head()
+
+    def set_system(self, text: str | None) -> None:
+        """Set the system prompt for the rounds to come; None removes it.
+
+        Raises:
+            ConversationBusyError: a round is running.
+        """
+        with self._changing():
+            self._conversation = self._conversation.with_system(text)
+            self._write_words()
+
+    def rename(self, name: str) -> None:
+        """Give the conversation another name.
+
+        Raises:
+            ConversationError: the name is empty.
+            ConversationBusyError: a round is running.
+        """
+        if not name.strip():
+            raise ConversationError("a conversation needs a name", why="this one is empty")
+        with self._changing():
+            self._conversation = self._conversation.renamed(name)
+            self._write_words()
+
+    # One round.
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Be the only one that changes the conversation, or be refused at once."""
+        with self._lock:
+            if self._is_busy:
+                raise ConversationBusyError(
+                    f"conversation {self._conversation.name!r} is answering",
+                    why="one round at a time",
+                    fix="wait for the answer, or end it with %chat stop",
+                )
+            self._is_busy = True
+            self._early_stop = ""
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_busy = False
+                self._round = None
+
+    async def _reply(self, plan: Callable[[], _Plan], params: dict[str, Any]) -> ChatReply:
+        async with aclosing(self._run(plan, params)) as events:
+            async for event in events:
+                if isinstance(event, ChatReply):
+                    return event
+        raise AssertionError("a round ends with a reply or an error")
+
+    async def _run(self, plan: Callable[[], _Plan], params: dict[str, Any]) -> AsyncGenerator[SessionEvent]:
+        """The round, on the loop."""
+        with self._changing():
+            planned = plan()
+            running = self._start(planned, params)
+            draft = Turn(
+                new_id(),
+                planned.parent_id,
+                (planned.prompt,),
+                planned.cell,
+                running.started_at,
+                interrupted=True,
+                model=self._engine_name(),
+            )
+            journal = Journal(
+                self._store,
+                self._conversation,
+                lambda: replace(draft, messages=(planned.prompt, running.message)),
+            )
+            is_generating = True
+            try:
+                async with aclosing(running.events()) as events:
+                    async for event in events:
+                        yield event
+                        if running.has_begun:
+                            journal.begin()
+                is_generating = False
+                reply = await _to_the_end(self._settle(running, draft, journal))
+            except (asyncio.CancelledError, GeneratorExit):  # the one who asked has left: what has come is kept
+                if is_generating:
+                    await _to_the_end(self._settle(running, draft, journal))
+                raise
+            except BaseException:
+                await _to_the_end(journal.discard())
+                raise
+        yield reply
+
+    def _start(self, planned: _Plan, params: dict[str, Any]) -> Round:
+        """The round, known to `stop` from here on."""
+        before = self._conversation.path(planned.parent_id) if planned.parent_id is not None else ()
+        request = RoundRequest(self._engine(), self._conversation.system, before, planned.prompt, params)
+        running = Round(request, asyncio.get_running_loop())
+        with self._lock:
+            self._round = running
+            if self._early_stop:
+                running.stop(self._early_stop)
+        return running
+
+    async def _settle(self, running: Round, draft: Turn, journal: Journal) -> ChatReply:
+        """Commit what has come, if anything, and say what it took."""
+        await running.measure_memory()
+        conversation = self._conversation
+        if running.has_begun:
+            number = 1 + (len(conversation.path(draft.parent_id)) if draft.parent_id is not None else 0)
+        else:
+            number = len(conversation.path())
+        metrics = running.metrics(model=draft.model, turn=number, conversation=conversation.id)
+        turn = replace(
+            draft,
+            messages=(*draft.messages, running.message),
+            interrupted=metrics.finish_reason in ("cancelled", "interrupted"),
+            metrics=metrics.to_dict(),
+        )
+        notices: list[str] = list(running.notices)
+        if running.has_begun:
+            self._conversation = conversation.with_turn(turn)
+            await journal.end()
+            notices += await self._save(turn)
+            notices += self._record(metrics)
+        else:
+            await journal.discard()
+        return ChatReply(running.message.text, running.message, metrics, turn, number, (*notices, *journal.problems))
+
+    async def _save(self, turn: Turn) -> list[str]:
+        """Write the turn; where that fails it stays in memory, and the notice says why."""
+        conversation_id, head = self._conversation.id, self._conversation.head
+        try:
+            await asyncio.to_thread(self._write, lambda store: store.save_turn(conversation_id, turn, head))
+        except StoreError as error:
+            return [f"this answer could not be saved, and is kept in memory only: {error}"]
+        return []
+
+    def _record(self, metrics: GenerationMetrics) -> list[str]:
+        try:
+            self._recorder.add(metrics)
+        except Exception as error:  # noqa: BLE001 - a listener's own; it must not cost the answer
+            return [f"a listener of the metrics failed: {error!r}"]
+        return []
+
+    def _write(self, change: Callable[[ConversationStore], None]) -> None:
+        """Make `change` in the store, or write the whole conversation where the store has fallen behind."""
+        if self._store is None:
+            return
+        if self._is_in_step:
+            self._is_in_step = False
+            try:
+                change(self._store)
+                self._is_in_step = True
+            except StoreError:
+                raise
+            except ConversationError:  # not there yet, or deleted by another kernel
+                self._is_in_step = False
+        if not self._is_in_step:
+            self._store.create(self._conversation)
+            self._is_in_step = True
+
+    # Plans.
+
+    def _ask_plan(self, prompt: Prompt, cell: CellRef | None, append: bool) -> _Plan:
+        message = user_message(prompt)
+        cell = cell or CellRef()
+        return _Plan(message, self._conversation.place(message.text, cell, append=append), cell)
+
+    def _again_plan(self, number: int | None, prompt: Prompt | None = None) -> _Plan:
+        turn = self._conversation.turn_at(number)
+        return _Plan(turn.prompt if prompt is None else user_message(prompt), turn.parent_id, turn.cell)
+
+    def _write_head(self) -> None:
+        conversation = self._conversation
+        self._write(lambda store: store.set_head(conversation.id, conversation.head))
+
+    def _write_words(self) -> None:
+        conversation = self._conversation
+        self._write(lambda store: store.update(conversation.id, name=conversation.name, system=conversation.system))
+
+
+async def _to_the_end(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of `coroutine`, which is never cut short: a cancellation is raised when it has ended."""
+    task = asyncio.create_task(coroutine)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return task.result()
