@@ -20,7 +20,7 @@ class GenerationMetrics:
         turn: number of the turn along its branch, from 1.
         ttft_s: from the request to the first text, context fitting included, loading and queueing excluded.
         tpot_s: mean time per token after the first one.
-        tokens_per_s: completion tokens over the time from the first to the last of them.
+        tokens_per_s: tokens after the first one, over the time they took; the inverse of `tpot_s`.
         duration_s: from the request to the end of the answer.
         queued_s: time spent waiting for the engine before that.
         prompt_tokens: tokens of the prompt, cached ones included.

@@ -1,0 +1,230 @@
+"""Memory and latency over a conversation, one point per answer.
+
+A pure function from recorded metrics to a `FigureBundle`. The plotly figure is written as plain JSON without a
+template (a few KB instead of plotly's import and its 7 KB of defaults); plotly itself is loaded only for Colab's
+HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kani_nb.figures import svg
+from kani_nb.figures.bundle import PLOTLY_MIME, FigureBundle, in_html
+from kani_nb.metrics.recorder import GenerationMetrics
+
+_GIB = 1024**3
+#: More answers than this are thinned out: the first, the last and the highest peak stay.
+_MOST_POINTS = 120
+#: Free memory beyond this many times the rest would flatten everything else.
+_FREE_IN_SCALE = 3.0
+
+# Middle tones that stand out from white and near-black, told apart by the colour-blind too (after Okabe and Ito).
+_GREY, _BLUE, _ORANGE, _GREEN, _PINK, _SKY = "#8a8f98", "#2f86c8", "#d9822b", "#1f9e78", "#c26fa0", "#63b3dd"
+
+
+def conversation_figure(metrics: Sequence[GenerationMetrics], *, for_colab: bool = False) -> FigureBundle:
+    """Two panels over the answers: memory (weights, KV, peak, free), and latency with prompt tokens (cached, computed).
+
+    Args:
+        metrics: at least one, oldest first.
+        for_colab: add `text/html` that loads plotly.js from its CDN, instead of plotly's own MIME type.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not metrics:
+        raise ValueError("a conversation without an answer has no figure")
+    kept = _thinned(metrics)
+    figure = _plotly(kept)
+    summary = summary_line(metrics)
+    data: dict[str, Any] = {"image/svg+xml": _svg(kept, summary), "text/plain": summary}
+    if for_colab:
+        data["text/html"] = in_html(figure)
+    else:
+        data[PLOTLY_MIME] = figure
+    return FigureBundle(data)
+
+
+def summary_line(metrics: Sequence[GenerationMetrics]) -> str:
+    """The last answer's numbers in one line."""
+    last = metrics[-1]
+    parts = [f"{len(metrics)} answer{'s' * (len(metrics) != 1)}"]
+    if last.peak_bytes is not None:
+        parts.append(f"peak {last.peak_bytes / _GIB:.2f} GiB ({last.peak_source})")
+    if last.free_bytes is not None:
+        parts.append(f"free {last.free_bytes / _GIB:.1f} GiB")
+    if last.ttft_s is not None:
+        parts.append(f"first text {last.ttft_s * 1000:,.0f} ms")
+    if last.tpot_s is not None:
+        parts.append(f"{last.tpot_s * 1000:,.1f} ms per token")
+    if last.prompt_tokens is not None:
+        parts.append(f"{last.cached_tokens or 0:,} of {last.prompt_tokens:,} prompt tokens cached")
+    return " · ".join(parts)
+
+
+def _thinned(metrics: Sequence[GenerationMetrics]) -> list[tuple[int, GenerationMetrics]]:
+    """At most about `_MOST_POINTS` of the answers, each with its position from 1."""
+    count = len(metrics)
+    if count <= _MOST_POINTS:
+        return list(enumerate(metrics, 1))
+    positions = {round(index * (count - 1) / (_MOST_POINTS - 1)) for index in range(_MOST_POINTS)}
+    positions.add(max(range(count), key=lambda index: metrics[index].peak_bytes or 0))
+    return [(index + 1, metrics[index]) for index in sorted(positions)]
+
+
+def _gib(value: int | None) -> float | None:
+    return None if value is None else round(value / _GIB, 3)
+
+
+def _ms(value: float | None) -> float | None:
+    return None if value is None else round(value * 1000, 2)
+
+
+def _computed(each: GenerationMetrics) -> int | None:
+    return None if each.prompt_tokens is None else max(0, each.prompt_tokens - (each.cached_tokens or 0))
+
+
+Points = Sequence[tuple[int, GenerationMetrics]]
+
+
+def _values(points: Points, of: Callable[[GenerationMetrics], float | None]) -> list[float | None]:
+    return [of(each) for _, each in points]
+
+
+def _is_free_in_scale(points: Points) -> bool:
+    """Whether free memory can share the axis with what is used."""
+    used = max(max(each.peak_bytes or 0, (each.weight_bytes or 0) + (each.kv_bytes or 0)) for _, each in points)
+    return max(each.free_bytes or 0 for _, each in points) <= _FREE_IN_SCALE * used
+
+
+def _svg(points: Points, summary: str) -> str:
+    titles = [str(position) for position, _ in points]
+    lines = [svg.Line("peak", _values(points, lambda each: _gib(each.peak_bytes)), _ORANGE)]
+    if _is_free_in_scale(points):
+        lines.append(svg.Line("free", _values(points, lambda each: _gib(each.free_bytes)), _GREEN, is_dashed=True))
+    memory = svg.Panel(
+        "memory, GiB",
+        [
+            svg.Bars("weights", _values(points, lambda each: _gib(each.weight_bytes)), _GREY),
+            svg.Bars("KV cache", _values(points, lambda each: _gib(each.kv_bytes)), _BLUE),
+        ],
+        lines,
+        titles,
+    )
+    latency = svg.Panel(
+        "latency, ms",
+        [],
+        [
+            svg.Line("first text", _values(points, lambda each: _ms(each.ttft_s)), _ORANGE),
+            svg.Line("per token", _values(points, lambda each: _ms(each.tpot_s)), _PINK),
+        ],
+        titles,
+    )
+    prompt = svg.Panel(
+        "prompt tokens",
+        [
+            svg.Bars("cached", _values(points, lambda each: each.cached_tokens), _SKY),
+            svg.Bars("computed", _values(points, _computed), _BLUE),
+        ],
+        [],
+        titles,
+    )
+    label = f"Memory, latency and prompt tokens by answer: {summary}"
+    return svg.draw([memory, latency, prompt], label=label, caption=summary)
+
+
+def _plotly(points: Points) -> dict[str, Any]:
+    x = [position for position, _ in points]
+    names = [f"turn {each.turn or position} · {svg.words(each.model[:60])}" for position, each in points]
+    is_free_shown = _is_free_in_scale(points)
+
+    def trace(name: str, values: list[float | None], colour: str, unit: str, axes: str, **more: Any) -> dict[str, Any]:
+        hover = f"%{{y:,.4~g}} {unit}"
+        common = {
+            "name": name,
+            "x": x,
+            "y": values,
+            "xaxis": f"x{axes[0].strip('1')}",
+            "yaxis": f"y{axes[1].strip('1')}",
+        }
+        return {**common, "hovertemplate": hover, **_look(colour, more.pop("kind", "scatter")), **more}
+
+    memory = [
+        trace("weights", _values(points, lambda each: _gib(each.weight_bytes)), _GREY, "GiB", "11", kind="bar"),
+        trace("KV cache", _values(points, lambda each: _gib(each.kv_bytes)), _BLUE, "GiB", "11", kind="bar"),
+        trace("peak", _values(points, lambda each: _gib(each.peak_bytes)), _ORANGE, "GiB", "11"),
+        trace(
+            "free",
+            _values(points, lambda each: _gib(each.free_bytes)),
+            _GREEN,
+            "GiB",
+            "11",
+            kind="dashed",
+            visible=True if is_free_shown else "legendonly",
+        ),
+    ]
+    latency = [
+        trace(
+            "cached", _values(points, lambda each: each.cached_tokens), _SKY, "tokens", "22", kind="bar", opacity=0.45
+        ),
+        trace("computed", _values(points, _computed), _BLUE, "tokens", "22", kind="bar", opacity=0.45),
+        trace("first text", _values(points, lambda each: _ms(each.ttft_s)), _ORANGE, "ms", "23"),
+        trace("per token", _values(points, lambda each: _ms(each.tpot_s)), _PINK, "ms", "23"),
+    ]
+    # The turn's name is said once per panel, by a trace that is always there.
+    for first in (memory[2], latency[2]):
+        first["customdata"] = names
+        first["hovertemplate"] += "<br>%{customdata}"
+    return {
+        "data": memory + latency,
+        "layout": _layout(len(points)),
+        "config": {"displaylogo": False, "responsive": True},
+    }
+
+
+def _look(colour: str, kind: str) -> dict[str, Any]:
+    if kind == "bar":
+        return {"type": "bar", "marker": {"color": colour}}
+    line = {"color": colour, "width": 2, **({"dash": "dash"} if kind == "dashed" else {})}
+    return {"type": "scatter", "mode": "lines+markers", "line": line, "marker": {"color": colour, "size": 5}}
+
+
+def _layout(count: int) -> dict[str, Any]:
+    grid = "rgba(128,134,143,0.25)"
+    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "automargin": True}
+    across = {**axis, "showgrid": False, "title": {"text": "answer"}, **({"dtick": 1} if count <= 15 else {})}
+    return {
+        "height": 280,
+        "margin": {"l": 50, "r": 50, "t": 36, "b": 36},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": "#80868f", "size": 11},
+        "barmode": "stack",
+        "bargap": 0.35,
+        "hovermode": "x unified",
+        "hoverlabel": {"bgcolor": "#2b2f36", "font": {"color": "#f2f3f5"}},
+        "legend": {"orientation": "h", "traceorder": "normal", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "xaxis": {**across, "domain": [0, 0.45], "anchor": "y"},
+        "yaxis": {**axis, "title": {"text": "GiB"}, "rangemode": "tozero", "anchor": "x"},
+        "xaxis2": {**across, "domain": [0.55, 1], "anchor": "y2"},
+        "yaxis2": {
+            **axis,
+            "title": {"text": "prompt tokens"},
+            "side": "right",
+            "anchor": "x2",
+            "rangemode": "tozero",
+            "showgrid": False,
+        },
+        # Above the bars, so that they do not hide the lines.
+        "yaxis3": {
+            **axis,
+            "title": {"text": "ms"},
+            "type": "log",
+            "tickmode": "auto",
+            "overlaying": "y2",
+            "side": "left",
+            "anchor": "x2",
+        },
+    }

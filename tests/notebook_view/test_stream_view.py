@@ -1,0 +1,301 @@
+"""What a turn looks like while it runs and when it is done, on each kind of surface."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kani_nb.engines.base import Completion, PrefillProgress, ReasoningDelta, TextDelta, ToolCallDelta
+from kani_nb.errors import GenerationError
+from kani_nb.messages import ChatMessage, ImagePart
+from kani_nb.metrics.recorder import GenerationMetrics
+from kani_nb.notebook.render import markdown_to_html
+from kani_nb.notebook.stat_line import stat_line
+from kani_nb.notebook.stream_view import StreamView
+from kani_nb.notebook.surface import SurfaceKind
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Screen:
+    """Records what is displayed, as IPython's `display` would be asked to."""
+
+    clock: Clock
+    frames: list[tuple[float, dict, dict]] = field(default_factory=list)
+    opened: int = 0
+
+    def __call__(self, bundle, *, raw, metadata, display_id):
+        assert raw and display_id
+        self.opened += 1
+        self.update(bundle, raw=raw, metadata=metadata)
+        return self
+
+    def update(self, bundle, *, raw, metadata):
+        assert raw
+        json.dumps([bundle, metadata]).encode()
+        self.frames.append((self.clock.now, bundle, metadata))
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(text.encode()) for _, bundle, _ in self.frames for text in bundle.values())
+
+    @property
+    def last(self) -> dict:
+        return self.frames[-1][1]
+
+
+class Notice(str):
+    __slots__ = ()
+
+
+@dataclass
+class Turn:
+    id: str = "t1"
+
+
+@dataclass
+class Reply:
+    text: str
+    metrics: GenerationMetrics
+    turn: Turn = field(default_factory=Turn)
+    number: int = 1
+    notices: tuple[str, ...] = ()
+
+
+METRICS = GenerationMetrics("smollm2", completion_tokens=3, tokens_per_s=30.0, finish_reason="stop")
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def screen(clock):
+    return Screen(clock)
+
+
+def view_on(screen, clock, prompt="hi", **options):
+    return StreamView(prompt, model="smollm2", display=screen, clock=clock, **options)
+
+
+def test_the_display_opens_at_once_and_is_updated_in_place(screen, clock):
+    view = view_on(screen, clock)
+    assert (screen.opened, len(screen.frames)) == (1, 1)
+    assert "waiting for the engine" in screen.last["text/plain"]
+    view.feed(TextDelta("Hello **you**"))
+    clock.now += 0.2
+    view.pump()
+    view.finish(Reply("Hello **you**", METRICS))
+    assert (screen.opened, len(screen.frames)) == (1, 3)
+
+
+def test_the_last_frame_is_exact(screen, clock):
+    view = view_on(screen, clock, "What is <b>?")
+    answer = "It is **bold**\n\n```python\nx = 1\n```"
+    view.feed(TextDelta(answer[:5]))
+    view.finish(Reply(answer, METRICS, notices=("dropped 2 turns",)))
+    bundle, metadata = screen.frames[-1][1:]
+    assert set(bundle) == {"text/html", "text/plain"}
+    assert markdown_to_html(answer) in bundle["text/html"]
+    assert "What is &lt;b&gt;?" in bundle["text/html"]
+    assert 'aria-busy="false"' in bundle["text/html"]
+    for words in ("What is <b>?", answer, "dropped 2 turns", stat_line(METRICS)):
+        assert words in bundle["text/plain"]
+    record = metadata["kani_nb"]
+    assert (record["state"], record["turn"], record["metrics"]) == ("done", "t1", METRICS.to_dict())
+
+
+def test_prefill_and_thinking_are_shown_until_the_first_text(screen, clock):
+    view = view_on(screen, clock)
+    steps = [
+        (PrefillProgress(128, 1034, 900), "reading the prompt 128/1,034 tokens, 900 cached"),
+        (ReasoningDelta("hm"), "thinking"),
+        (TextDelta("So"), "smollm2: So"),
+    ]
+    for event, words in steps:
+        view.feed(event)
+        clock.now += 1
+        view.pump()
+        assert words in screen.last["text/plain"]
+    assert "reading" not in screen.last["text/plain"]
+    assert "<details><summary>Reasoning</summary>" in screen.last["text/html"]
+
+
+def test_waiting_counts_the_seconds(screen, clock):
+    view = view_on(screen, clock)
+    clock.now += 3.1
+    view.pump()
+    assert "waiting for the engine, 3 s" in screen.last["text/plain"]
+
+
+def test_nothing_new_draws_nothing(screen, clock):
+    view = view_on(screen, clock)
+    view.feed(TextDelta("a"))
+    for _ in range(100):
+        clock.now += 0.03
+        view.pump()
+    assert len(screen.frames) == 2
+
+
+def test_frames_come_at_most_ten_times_a_second_and_within_the_byte_budget(screen, clock):
+    view = view_on(screen, clock)
+    text = ""
+    for number in range(2000):  # 20 KB at 50 tokens a second
+        piece = f"word{number:05d} "
+        text += piece
+        view.feed(TextDelta(piece))
+        clock.now += 0.02
+        view.pump()
+    times = [at for at, _, _ in screen.frames]
+    duration = times[-1] - times[0]
+    assert len(times) > 1.4 * duration
+    assert min(later - earlier for earlier, later in pairwise(times)) >= 0.099
+    assert screen.bytes / duration < 60_000
+    early = [at for at in times if at < times[0] + 4]
+    assert len(early) > 16  # short answers stay lively
+    view.finish(Reply(text, METRICS))
+    assert text in screen.last["text/plain"]
+
+
+def test_frames_are_rarer_where_drawing_is_slow(screen):
+    class SlowClock(Clock):
+        def __call__(self):
+            self.now += 0.01  # each look at the clock: the drawing took at least this long
+            return self.now
+
+    slow = SlowClock()
+    screen.clock = slow
+    view = StreamView("hi", display=screen, clock=slow)
+    for _ in range(200):
+        view.feed(TextDelta("x "))
+        view.pump()
+    duration = screen.frames[-1][0] - screen.frames[0][0]
+    assert len(screen.frames) < 2.5 * duration
+
+
+def test_a_long_prompt_is_sent_whole_only_once(screen, clock):
+    prompt = "p" * 200_000
+    view = view_on(screen, clock, prompt)
+    view.feed(TextDelta("a"))
+    clock.now += 1
+    view.pump()
+    assert all(len(bundle["text/html"]) < 8_000 for _, bundle, _ in screen.frames)
+    view.finish(Reply("a", METRICS))
+    assert prompt in screen.last["text/plain"]
+    assert prompt in screen.last["text/html"]
+
+
+def test_an_error_keeps_the_partial_answer_and_says_why(screen, clock):
+    view = view_on(screen, clock)
+    view.feed(TextDelta("half an ans"))
+    view.finish(error=GenerationError("the device is gone <b>", why="x"))
+    assert "half an ans" in screen.last["text/plain"]
+    assert "GenerationError: the device is gone &lt;b&gt;" in screen.last["text/html"]
+    assert screen.frames[-1][2]["kani_nb"]["state"] == "error"
+
+
+def test_finishing_twice_or_pumping_afterwards_changes_nothing(screen, clock):
+    view = view_on(screen, clock)
+    view.finish(Reply("a", METRICS))
+    count = len(screen.frames)
+    view.feed(TextDelta("late"))
+    clock.now += 5
+    view.pump()
+    view.finish()
+    assert len(screen.frames) == count
+
+
+def test_notices_tool_calls_and_a_fed_reply_are_understood(screen, clock):
+    view = view_on(screen, clock)
+    for event in (
+        Notice("dropped the first turn"),
+        ToolCallDelta(0, name="get_weather"),
+        ToolCallDelta(0, arguments='{"city": "<b>"}'),
+        "plain text of a foreign engine",
+        Completion(ChatMessage.assistant("plain text of a foreign engine")),
+    ):
+        view.feed(event)
+    clock.now += 1
+    view.pump()
+    assert "[dropped the first turn]" in screen.last["text/plain"]
+    view.feed(Reply("plain text of a foreign engine", METRICS))
+    view.finish()
+    assert "smollm2: plain text of a foreign engine" in screen.last["text/plain"]
+    assert "get_weather({&quot;city&quot;: &quot;&lt;b&gt;&quot;})" in screen.last["text/html"]
+    assert screen.frames[-1][2]["kani_nb"]["turn"] == "t1"
+
+
+def test_media_in_a_prompt_are_named(screen, clock):
+    view_on(screen, clock, ("Look: ", ImagePart(b"1234", "image/png")))
+    assert "Look: [image/png, 4 bytes]" in screen.last["text/plain"]
+
+
+def test_feeding_from_many_threads_loses_nothing(screen, clock):
+    view = view_on(screen, clock)
+    threads = [threading.Thread(target=lambda: [view.feed(TextDelta("x")) for _ in range(500)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        view.pump()
+    view.finish()
+    assert view.text == "x" * 2000
+
+
+@given(st.text(), st.text(), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_plain_text_holds_prompt_and_answer_verbatim(prompt, answer, is_fed):
+    clock = Clock()
+    screen = Screen(clock)
+    view = StreamView(prompt, model="m", display=screen, clock=clock)
+    view.feed(TextDelta(answer))
+    view.finish(None if is_fed else Reply(answer, METRICS))
+    shown = screen.last["text/plain"]
+    for text in (prompt, answer):
+        commands = {chr(0x1B), *map(chr, range(0x80, 0xA0))}
+        assert "".join("\ufffd" if each in commands else each for each in text) in shown
+
+
+def test_lone_surrogates_can_be_sent(screen, clock):
+    view = view_on(screen, clock, "a\ud800b")
+    view.feed(TextDelta("c\udfffd\x00"))
+    view.finish()
+    for text in screen.last.values():
+        text.encode()
+
+
+def test_a_terminal_gets_the_text_as_it_comes_and_the_stat_line_last(capsys):
+    view = StreamView("hi", kind=SurfaceKind.TERMINAL)
+    view.feed(TextDelta("Hello "))
+    view.pump()
+    assert capsys.readouterr().out == "Hello "
+    view.feed(TextDelta("you\x1b]52;c;cHduZWQ=\x07"))
+    view.pump()
+    view.finish(Reply("Hello you", METRICS, notices=("dropped",)))
+    printed = capsys.readouterr().out
+    assert printed == f"you\u241b]52;c;cHduZWQ=\u2407\n[dropped]\n[{stat_line(METRICS)}]\n"
+
+
+def test_a_capture_gets_one_output_the_last(clock):
+    screen = Screen(clock)
+    view = StreamView("hi", display=screen, clock=clock, kind=SurfaceKind.FINAL)
+    for _ in range(5):
+        view.feed(TextDelta("a"))
+        clock.now += 1
+        view.pump()
+    assert screen.frames == []
+    view.finish(Reply("aaaaa", METRICS))
+    assert (screen.opened, len(screen.frames)) == (1, 1)
