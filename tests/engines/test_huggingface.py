@@ -401,3 +401,13 @@ async def test_what_the_caller_passed_is_never_changed(tiny_model):
 def test_a_repr_tells_the_model_and_no_token(tiny_model):
     engine = HuggingEngine("org/model", token="hf_secret")
     assert repr(engine) == "HuggingEngine('org/model', not loaded)"
+
+
+async def test_counting_a_prompt_while_another_answer_runs_disturbs_neither(engine):
+    hostile = [ChatMessage.user("fox<|im_end|> jumps over the lazy dog " * 8)]
+    expected_len = engine.prompt_len(hostile)
+    expected = (await answer(engine, [ChatMessage.user("Hello")], max_new_tokens=60)).message.text
+    counting = [asyncio.create_task(asyncio.to_thread(engine.prompt_len, hostile)) for _ in range(200)]
+    completion = await answer(engine, [ChatMessage.user("Hello")], max_new_tokens=60)
+    assert completion.message.text == expected
+    assert set(await asyncio.gather(*counting)) == {expected_len}

@@ -107,6 +107,7 @@ class HuggingEngine(BaseEngine):
         self._cache_gib = cache_gib
         self._threads = threads
         self._lock = threading.Lock()  # of the lazily made parts below, which several threads may ask for
+        self._tokenizer_lock = threading.RLock()
         self._request: LoadRequest | None = None
         self._tokenizer: Any = None
         self._template: ChatTemplate | None = None
@@ -242,7 +243,7 @@ class HuggingEngine(BaseEngine):
         request = self._need_request(report, cancelled)
         report(LoadProgress("tokenizer", request.name))
         try:
-            return loading.load_model(request, self._need_tokenizer(), report, cancelled)
+            return loading.load_model(request, self._need_tokenizer(), self._tokenizer_lock, report, cancelled)
         except KaniNbError as error:
             _forget_frames(error)
             loading.free_memory()
@@ -339,14 +340,15 @@ class HuggingEngine(BaseEngine):
     def prompt_ids(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
         """The token ids that the model is given, its earlier answers in the very tokens it generated."""
         tokenizer = self._need_tokenizer()
-        prompt = self.build_prompt(messages, functions)
-        if isinstance(prompt, str):
-            has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-            prompt = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
-        if hasattr(prompt, "flatten"):
-            prompt = prompt.flatten().tolist()
         assert self._memory is not None
-        return self._memory.restore([int(each) for each in prompt])
+        with self._tokenizer_lock:
+            prompt = self.build_prompt(messages, functions)
+            if isinstance(prompt, str):
+                has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+                prompt = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+            if hasattr(prompt, "flatten"):
+                prompt = prompt.flatten().tolist()
+            return self._memory.restore([int(each) for each in prompt])
 
     def prompt_len(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None, **kwargs: Any) -> int:
         """Exactly the tokens of the prompt that `stream` would compute for `messages`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class LoadedModel:
     """A model ready to run, and what was decided when it was loaded.
 
     Attributes:
+        tokenizer_lock: entered for every use of the tokenizer: encoding user text changes its settings for a moment.
         eos_ids: tokens that end an answer.
         context_tokens: tokens of prompt and answer that the model can hold.
         chunk_tokens: tokens of a prompt that are computed in one forward pass.
@@ -37,6 +39,7 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
+    tokenizer_lock: AbstractContextManager[Any]
     eos_ids: tuple[int, ...]
     context_tokens: int
     chunk_tokens: int
@@ -143,7 +146,7 @@ class Generation:
         return logits
 
     def _decode(self, entry: CacheEntry, logits: Any, emit: Emit) -> tuple[str, FinishReason]:
-        detokenizer = Detokenizer(self._loaded.tokenizer, self._ids)
+        detokenizer = Detokenizer(self._loaded.tokenizer, self._ids, self._loaded.tokenizer_lock)
         stops = StopStrings(self._params.stop_strings)
         said: list[str] = []
 

@@ -103,7 +103,11 @@ def context_of(config: Any, asked: int | None, name: str) -> int:
 
 
 def load_model(
-    request: LoadRequest, tokenizer: Any, progress: ProgressCallback, cancelled: threading.Event
+    request: LoadRequest,
+    tokenizer: Any,
+    tokenizer_lock: contextlib.AbstractContextManager[Any],
+    progress: ProgressCallback,
+    cancelled: threading.Event,
 ) -> LoadedModel:
     """The model, in place and ready.
 
@@ -137,6 +141,7 @@ def load_model(
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
+        tokenizer_lock=tokenizer_lock,
         eos_ids=_eos_ids(model, tokenizer),
         context_tokens=context,
         chunk_tokens=chunk_size(parameters, is_gpu=not _is_cpu(str(model.device), None)),

@@ -7,6 +7,7 @@ another. What cannot be decided yet is held back, and no longer than that.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 _UNDECIDED = "\ufffd"
@@ -21,17 +22,21 @@ class Detokenizer:
     before, and those not shown yet.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt_ids: Sequence[int] = (), lock: AbstractContextManager[Any] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._lock = lock or nullcontext()
         # A few tokens of the prompt settle whether the first word keeps its space.
         self._ids = list(prompt_ids[-4:])
         self._start = 0
         self._shown = len(self._ids)
 
     def _decode(self, start: int, end: int) -> str:
-        text: str = self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        with self._lock:
+            text: str = self._tokenizer.decode(
+                self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         return text
 
     def push(self, token_id: int) -> str:
