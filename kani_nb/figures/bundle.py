@@ -20,6 +20,11 @@ class FigureBundle:
     data: dict[str, Any]
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def still(self) -> dict[str, Any]:
+        """The same without a script: drawn at once, where loading plotly would hold up the page for a second."""
+        return {mime: content for mime, content in self.data.items() if mime in ("image/svg+xml", "text/plain")}
+
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """What IPython shows of it."""
         return self.data, self.metadata
@@ -33,6 +38,6 @@ def in_html(plotly_json: dict[str, Any]) -> str:
     figure = go.Figure(data=plotly_json["data"], layout={**plotly_json["layout"], "template": None})
     return str(
         pio.to_html(
-            figure, include_plotlyjs="cdn", full_html=False, default_height="280px", config={"displaylogo": False}
+            figure, include_plotlyjs="cdn", full_html=False, default_height="220px", config={"displaylogo": False}
         )
     )

@@ -7,6 +7,7 @@ HTML.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from kani_nb.metrics.recorder import GenerationMetrics
 _GIB = 1024**3
 #: More answers than this are thinned out: the first, the last and the highest peak stay.
 _MOST_POINTS = 120
+#: Fewer answers than this leave room at the right: the first ones are not drawn as walls.
+_FEWEST_SLOTS = 4
 #: Free memory beyond this many times the rest would flatten everything else.
 _FREE_IN_SCALE = 3.0
 
@@ -179,7 +182,7 @@ def _plotly(points: Points) -> dict[str, Any]:
         first["hovertemplate"] += "<br>%{customdata}"
     return {
         "data": memory + latency,
-        "layout": _layout(len(points)),
+        "layout": _layout(points),
         "config": {"displaylogo": False, "responsive": True},
     }
 
@@ -191,13 +194,29 @@ def _look(colour: str, kind: str) -> dict[str, Any]:
     return {"type": "scatter", "mode": "lines+markers", "line": line, "marker": {"color": colour, "size": 5}}
 
 
-def _layout(count: int) -> dict[str, Any]:
+def _decades(points: Points) -> tuple[int, int]:
+    """The powers of ten around every latency in ms: the same axis from answer to answer, with round numbers on it."""
+    values = [value for _, each in points for value in (_ms(each.ttft_s), _ms(each.tpot_s)) if value]
+    if not values:
+        return 0, 3
+    lowest, highest = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    return lowest, max(highest, lowest + 1)
+
+
+def _layout(points: Points) -> dict[str, Any]:
+    last = points[-1][0]
+    lowest, highest = _decades(points)
     grid = "rgba(128,134,143,0.25)"
     axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "automargin": True}
-    across = {**axis, "showgrid": False, "title": {"text": "answer"}, **({"dtick": 1} if count <= 15 else {})}
+    across = {
+        **axis,
+        "showgrid": False,
+        "range": [0.4, max(last, _FEWEST_SLOTS) + 0.6],
+        **({"dtick": 1} if last <= 15 else {}),
+    }
     return {
-        "height": 280,
-        "margin": {"l": 50, "r": 50, "t": 36, "b": 36},
+        "height": 220,
+        "margin": {"l": 50, "r": 50, "t": 36, "b": 24},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": "#80868f", "size": 11},
@@ -222,7 +241,8 @@ def _layout(count: int) -> dict[str, Any]:
             **axis,
             "title": {"text": "ms"},
             "type": "log",
-            "tickmode": "auto",
+            "range": [lowest, highest],
+            "dtick": 1 if highest - lowest > 1 else "D2",
             "overlaying": "y2",
             "side": "left",
             "anchor": "x2",

@@ -16,6 +16,9 @@ from xml.sax.saxutils import escape, quoteattr
 INK = "#80868f"
 GRID = "#80868f"
 
+#: Fewer values than this leave room at the right.
+_FEWEST_SLOTS = 4
+
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -87,7 +90,7 @@ def _panel(panel: Panel, width: float, height: float) -> str:
     peaks = [value for each in panel.lines for value in each.values if value is not None]
     ticks = nice_ticks(max([*stacked, *peaks, 0]))
     tall, wide = height - top - bottom, width - left - right
-    slot = wide / count
+    slot = wide / max(count, _FEWEST_SLOTS)
 
     def at(value: float) -> float:
         return top + tall * (1 - value / ticks[-1])

@@ -4,7 +4,7 @@ import pytest
 
 from kani_nb import BaseCompletion, ChatMessage, HuggingEngine
 
-TURNS = ["Write a short story about a dragon.", "Who was the bravest in it?", "Describe its cave.", "What is the moral?"]
+TURNS = ["Write a short story about a dragon.", "Who was the bravest in it?", "What is the moral?"]
 
 
 async def converse(folder, **options):
@@ -18,7 +18,7 @@ async def converse(folder, **options):
     for question in TURNS:
         history.append(ChatMessage.user(question))
         lengths.clear()
-        completion = await engine.predict(history, max_new_tokens=24, do_sample=False)
+        completion = await engine.predict(history, max_new_tokens=20, do_sample=False)
         history.append(completion.message)
         texts.append(completion.message.text)
         computed.append(sum(lengths) - (completion.completion_tokens - 1))
@@ -44,4 +44,4 @@ async def test_reuse_changes_no_text_and_saves_the_history(smollm2):
     fresh, everything = await converse(smollm2, cache_gib=0)
     assert reused == fresh
     assert max(computed[1:]) <= 1.5 * computed[1]
-    assert everything[3] > 5 * computed[3]
+    assert everything[2] > 3 * computed[2]

@@ -1,0 +1,137 @@
+"""Tab completion of the magics' first line: options, verbs, values, names of models, engines and conversations.
+
+`complete` is pure; two adapters give it to IPython: a matcher that silences the others where there is one (IPython
+8.6), and the older `complete_command` hook. Nothing is asked of the network, and no model is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kani_nb.config import GENERATION_OPTIONS, LOAD_OPTIONS, Option
+
+NameSource = Callable[[], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What may follow one magic on its line.
+
+    Attributes:
+        options: flags that may stand anywhere; `options[flag]` gives the values of one that takes some.
+        first: names that may stand as the first word.
+        after: for a first word (a verb), names that may follow it.
+    """
+
+    options: Mapping[str, NameSource] = field(default_factory=dict)
+    first: NameSource = tuple
+    after: Mapping[str, NameSource] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completions:
+    """What the word under the cursor may become."""
+
+    fragment: str
+    names: tuple[str, ...]
+
+
+def no_names() -> Sequence[str]:
+    """For values that nobody can list."""
+    return ()
+
+
+def options_of(options: Sequence[Option]) -> dict[str, NameSource]:
+    """The flags of `options` with the values they may take."""
+    found: dict[str, NameSource] = {}
+    for option in options:
+        found[option.flag] = lambda choices=option.choices: choices  # type: ignore[misc]
+        if option.type is bool:
+            found[f"--no-{option.flag[2:]}"] = no_names
+    return found
+
+
+LOAD_FLAGS = options_of(LOAD_OPTIONS)
+GENERATION_FLAGS = options_of(GENERATION_OPTIONS)
+
+
+def complete(grammars: Mapping[str, Grammar], line: str) -> Completions | None:
+    """What `line`, up to the cursor, may go on with; None where it is not a line of ours."""
+    magic, space, rest = line.lstrip().partition(" ")
+    grammar = grammars.get(magic)
+    if grammar is None or not space:
+        return None
+    words = rest.split()
+    fragment = "" if not rest or rest[-1].isspace() else words.pop()
+    flag, equals, value = fragment.partition("=")
+    if equals and flag in grammar.options:
+        return _matching(value, grammar.options[flag]())
+    if fragment.startswith("-"):
+        return _matching(fragment, list(grammar.options))
+    if words and words[-1] in grammar.options:
+        values = grammar.options[words[-1]]()
+        if values:
+            return _matching(fragment, values)
+    plain = [word for word in words if not word.startswith("-")]
+    if not plain:
+        return _matching(fragment, grammar.first())
+    if len(plain) == 1 and plain[0] in grammar.after:
+        return _matching(fragment, grammar.after[plain[0]]())
+    return Completions(fragment, ())
+
+
+def _matching(fragment: str, names: Sequence[str]) -> Completions:
+    return Completions(fragment, tuple(name for name in names if name.startswith(fragment)))
+
+
+def install(shell: Any, grammars: Mapping[str, Grammar]) -> Callable[[], None]:
+    """Complete these magics in `shell`; the result undoes it."""
+    from IPython.core import completer
+
+    if hasattr(completer, "context_matcher"):
+        return _install_matcher(shell.Completer, grammars)
+    return _install_hook(shell, grammars)
+
+
+def _install_matcher(completer: Any, grammars: Mapping[str, Grammar]) -> Callable[[], None]:
+    from IPython.core.completer import SimpleCompletion, context_matcher
+
+    @context_matcher(identifier="kani_nb")
+    def match(context: Any) -> dict[str, Any]:
+        line = context.full_text.split("\n")[context.cursor_line][: context.cursor_position]
+        found = complete(grammars, line) if context.cursor_line == 0 else None
+        if found is None:
+            return {"completions": [], "suppress": False}
+        names = [SimpleCompletion(text=name, type="magic option") for name in found.names]
+        return {"completions": names, "suppress": True, "matched_fragment": found.fragment, "ordered": True}
+
+    completer.custom_matchers.append(match)
+    return lambda: completer.custom_matchers.remove(match) if match in completer.custom_matchers else None
+
+
+def _install_hook(shell: Any, grammars: Mapping[str, Grammar]) -> Callable[[], None]:
+    def match(_completer: Any, event: Any) -> list[str]:
+        found = complete(grammars, event.text_until_cursor)
+        if found is None:
+            return []
+        # The completer replaces the word it found itself, which may begin later than ours (after a colon).
+        symbol = str(event.symbol)
+        head = found.fragment[: len(found.fragment) - len(symbol)] if found.fragment.endswith(symbol) else ""
+        return [name[len(head) :] for name in found.names]
+
+    def undo() -> None:
+        chains = shell.strdispatchers.get("complete_command")
+        for magic in grammars:
+            chain = chains.strs.get(magic) if chains is not None else None
+            if chain is None:
+                continue
+            # Methods are compared by equality: each access makes a new one.
+            chain.chain[:] = [entry for entry in chain.chain if getattr(entry[1], "__func__", entry[1]) is not match]
+            if not chain.chain:
+                del chains.strs[magic]
+
+    for magic in grammars:
+        shell.set_hook("complete_command", match, str_key=magic)
+    return undo

@@ -1,0 +1,283 @@
+"""`%load_engine`, `%unload_engine` and `%engine VERB`: which model answers, and what it costs to hold it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from argparse import Namespace
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
+
+from kani_nb._interrupts import Interrupted, InterruptGuard
+from kani_nb._runtime import LoadedEngine, Runtime, UnloadReport, runtime
+from kani_nb._waiting import Call
+from kani_nb.config import LineParser, config_from_args, load_parser
+from kani_nb.errors import ConfigError, KaniNbError
+from kani_nb.notebook.holders import forget_tracebacks, holders_of, watch
+from kani_nb.notebook.secrets import refuse_secrets
+from kani_nb.notebook.settings import KaniNB
+from kani_nb.notebook.short_errors import short_errors
+from kani_nb.notebook.stat_line import size
+from kani_nb.notebook.tables import print_text, text_table
+from kani_nb.notebook.verbs import Verb, VerbTable, required
+
+if TYPE_CHECKING:
+    from kani_nb.engines.base import BaseEngine
+    from kani_nb.engines.sources import ModelSource
+
+_EXAMPLES = """\
+Examples:
+  %load_engine smollm2                        a small model that runs anywhere
+  %load_engine org/model --dtype bfloat16     any chat model of the Hugging Face Hub
+  %load_engine ./folder --max-new-tokens 200  a local one, with shorter answers
+  %load_engine qwen3-0.6b --as second         beside the one that is loaded
+"""
+
+#: How long a load that was interrupted may take to let go of what it began, before it is left to end by itself.
+_LET_GO_S = 3.0
+
+
+def engine_parser() -> LineParser:
+    """The parser of `%load_engine`'s line: that of the configuration, and what concerns only the notebook."""
+    parser = load_parser()
+    parser.usage = "%(prog)s MODEL [OPTIONS]"
+    parser.add_argument("--as", dest="as_name", metavar="NAME", help="keep what is loaded, and call this one NAME")
+    parser.add_argument("--help", "-h", action="store_true", help="show this")
+    return parser
+
+
+@magics_class
+class EngineMagics(Magics):
+    """The magics about engines.
+
+    Args:
+        shell: the running shell.
+        settings: `%config KaniNB`.
+    """
+
+    def __init__(self, shell: Any, settings: KaniNB) -> None:
+        super().__init__(shell)
+        self._settings = settings
+        self.verbs = VerbTable(
+            "%engine",
+            [
+                Verb("list", "the engines that are loaded", self._list),
+                Verb("info", "what the current engine is and holds", self._info),
+                Verb("use NAME", "let another loaded engine answer", self._use),
+                Verb("stats", "what this conversation's answers took", self._stats),
+                Verb("prefetch MODEL", "download a model without loading it", self._prefetch),
+            ],
+            examples=["%engine use second", "%engine prefetch qwen3-0.6b"],
+        )
+
+    @no_var_expand
+    @line_magic
+    @short_errors
+    def load_engine(self, line: str) -> None:
+        """Load a model, and let it answer from now on.
+
+        An equal engine that is loaded already is kept. Another takes the place of the one before, or stands beside it
+        with --as NAME. Ctrl-C abandons the load.
+
+            %load_engine smollm2
+            %load_engine org/model --dtype bfloat16 --max-new-tokens 200
+            %load_engine qwen3-0.6b --as second
+
+        %load_engine alone says what is loaded, %load_engine --help lists the options.
+        """
+        refuse_secrets(line)
+        parser = engine_parser()
+        args = parser.parse_line(line)
+        if args.help:
+            print_text(parser.format_help() + "\n" + _EXAMPLES)
+        elif args.model is None:
+            self._say_loaded(args)
+        else:
+            self._load(runtime(), args)
+
+    def _say_loaded(self, args: Namespace) -> None:
+        given = {name for name, value in vars(args).items() if value not in (None, False)}
+        if given:
+            raise ConfigError("no model was named", fix="%load_engine smollm2, followed by the options")
+        self._list("")
+        print_text("%load_engine MODEL loads another: smollm2, org/model, a folder, FILE.gguf. --help shows more.")
+
+    def _load(self, rt: Runtime, args: Namespace) -> None:
+        chosen = vars(args)
+        said = {name for name, value in chosen.items() if value not in (None, False)} - {"model"}
+        if args.model in rt.engines and not said and rt.config_of(args.model) is None:
+            rt.use(args.model)  # one of the user's own, by the name it was given
+            print_text(f"{args.model} answers from now on.")
+            return
+        config = config_from_args(chosen)
+        from kani_nb.notebook.load_view import LoadView
+
+        with InterruptGuard() as guard:
+            view = LoadView(config.model)
+            call: Call[LoadedEngine] | None = None
+            loaded: LoadedEngine | None = None
+            failure: BaseException | None = None
+            try:
+                loading = rt.load(config, name=args.as_name, progress=view.progress)
+                call = Call(rt.loop, loading, guard, pump=view.pump, grace_s=_LET_GO_S)
+                loaded = call.result()
+            except BaseException as error:
+                failure = error
+                is_expected = isinstance(error, (Interrupted, CancelledError, KaniNbError))
+                if call is not None and call.was_interrupted and is_expected:  # whatever the load made of it
+                    failure = Interrupted(f"interrupted; {config.model} was not loaded. {_answering(rt)}")
+                    raise failure from None
+                raise
+            finally:
+                view.finish(**_outcome(loaded, config.to_line()), error=failure)
+
+    @no_var_expand
+    @line_magic
+    @short_errors
+    def unload_engine(self, line: str) -> None:
+        """Free an engine: the current one, or the one of that name. Says what that gave back, and who holds on to it.
+
+        %unload_engine
+        %unload_engine second
+        """
+        rt = runtime()
+        name = line.strip() or None
+        if name in ("--help", "-h"):
+            print_text("%unload_engine [NAME]\n\nFree the current engine, or the one of that name.")
+            return
+        engine = rt.need_engine(name)
+        watched = watch(engine)
+        del engine
+        with InterruptGuard() as guard:
+            # What is being freed is not left half freed: an interrupt is answered when it is done.
+            report = Call(rt.loop, rt.unload(name), guard, ask_to_end=lambda: None, grace_s=60.0).result()
+            forget_tracebacks(self.shell)
+            held = holders_of(self.shell, watched)
+        print_text(_unloaded(report))
+        if held:
+            print_text(f"It is still held by {', '.join(held)}: its memory is freed when they let go (del NAME).")
+
+    @no_var_expand
+    @line_magic
+    @short_errors
+    def engine(self, line: str) -> None:
+        """Look at engines, switch between them, see what answers took.
+
+        %engine list
+        %engine use second
+        %engine stats
+        %engine help
+        """
+        refuse_secrets(line)
+        self.verbs.dispatch(line)
+
+    def _list(self, _rest: str) -> None:
+        rt = runtime()
+        if not rt.engines:
+            print_text("No engine is loaded. %load_engine smollm2 loads a small one that runs anywhere.")
+            return
+        rows = []
+        for name, engine in rt.engines.items():
+            memory = engine.memory()
+            held = (
+                "" if memory is None else f"{size(memory.weight_bytes)} + {size(memory.kv_bytes)} KV on {memory.device}"
+            )
+            config = rt.config_of(name)
+            line = f"your own: {type(engine).__name__}" if config is None else config.to_line()
+            rows.append(("*" if name == rt.engine_name else "", name, held, line))
+        print_text(text_table(("", "name", "memory", "loaded with"), rows))
+
+    def _info(self, _rest: str) -> None:
+        rt = runtime()
+        engine = rt.need_engine()
+        config = rt.config_of(rt.engine_name)
+        lines = {
+            "name": rt.engine_name,
+            "loaded with": "" if config is None else config.to_line(),
+            "engine": repr(engine),
+            "context": f"{engine.max_context_size:,} tokens" if engine.is_loaded and engine.max_context_size else "",
+        }
+        memory = engine.memory()
+        if memory is not None:
+            lines["memory"] = (
+                f"weights {size(memory.weight_bytes)}, KV cache {size(memory.kv_bytes)}, on {memory.device}"
+            )
+        for key, value in details_of(engine).items():
+            name, is_bytes = key.removesuffix("_bytes").replace("_", " "), key.endswith("_bytes")
+            lines.setdefault(name, size(value) if is_bytes and isinstance(value, int) else str(value))
+        print_text(text_table(None, [(key, value) for key, value in lines.items() if value]))
+
+    def _use(self, rest: str) -> None:
+        name = required(rest, "%engine use NAME")
+        runtime().use(name)
+        print_text(f"{name} answers from now on.")
+
+    def _stats(self, _rest: str) -> None:
+        from kani_nb.notebook.stats import show_stats
+
+        show_stats(self.shell, runtime().chat, draws=self._settings.plot != "never")
+
+    def _prefetch(self, rest: str) -> None:
+        from kani_nb.engines.sources import prefetch
+        from kani_nb.notebook.load_view import LoadView
+
+        parser = LineParser(prog="%engine prefetch", add_help=False)
+        parser.add_argument("model")
+        parser.add_argument("--revision")
+        args = parser.parse_line(required(rest, "%engine prefetch MODEL"))
+        with InterruptGuard() as guard:
+            view = LoadView(args.model)
+            cancelled = threading.Event()
+            source: ModelSource | None = None
+            failure: BaseException | None = None
+            fetching = asyncio.to_thread(
+                prefetch, args.model, view.progress, revision=args.revision, cancelled=cancelled
+            )
+            try:
+                call = Call(runtime().loop, fetching, guard, pump=view.pump, ask_to_end=cancelled.set)
+                source = call.result()
+            except BaseException as error:
+                failure = error
+                raise
+            finally:
+                found = "" if source is None else f"{source.origin}, {size(source.size_bytes)}"
+                view.finish(origin=found, note="on this disk", error=failure)
+
+
+def _outcome(loaded: LoadedEngine | None, line: str) -> dict[str, Any]:
+    """What the last frame says of a load that succeeded."""
+    if loaded is None:
+        return {}
+    details = details_of(loaded.engine)
+    memory = loaded.engine.memory()
+    note = ""
+    if loaded.reused:
+        note = f"loaded already as {loaded.name}; nothing was done"
+    elif loaded.replaced not in (None, loaded.name):
+        note = f"loaded in the place of {loaded.replaced}"
+    return {
+        "origin": str(details.get("origin", "")),
+        "device": memory.device if memory is not None else "",
+        "dtype": str(details.get("dtype", "")).removeprefix("torch."),
+        "memory_bytes": memory.weight_bytes if memory is not None else None,
+        "note": note,
+    }
+
+
+def details_of(engine: BaseEngine) -> dict[str, Any]:
+    """What an engine says of itself, if it does."""
+    details = getattr(engine, "details", None)
+    return dict(details()) if callable(details) else {}
+
+
+def _answering(rt: Runtime) -> str:
+    return f"{rt.engine_name} still answers" if rt.engine is not None else "No engine is loaded"
+
+
+def _unloaded(report: UnloadReport) -> str:
+    freed = report.before_bytes - report.after_bytes
+    change = f"{size(report.before_bytes)} -> {size(report.after_bytes)} in use"
+    held = f"; its weights were {size(report.weight_bytes)}" if report.weight_bytes else ""
+    return f"{report.name} is unloaded: {change} ({size(max(0, freed))} freed{held})"

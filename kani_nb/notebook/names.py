@@ -1,0 +1,55 @@
+"""What can be completed after each magic: options, verbs, and the names of models, engines and conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kani_nb._runtime import runtime
+from kani_nb.errors import KaniNbError
+from kani_nb.notebook.completion import GENERATION_FLAGS, LOAD_FLAGS, Grammar, no_names
+from kani_nb.notebook.verbs import VerbTable
+
+
+def grammars(chat: VerbTable, engine: VerbTable, kani: VerbTable) -> dict[str, Grammar]:
+    """The grammar of every magic's line."""
+    bare = dict.fromkeys(("--append", "--into", "--quiet", "--system", "--help"), no_names)
+    chat_flags = {**GENERATION_FLAGS, **bare, "--engine": engines, "--to": conversations}
+    return {
+        "%load_engine": Grammar({**LOAD_FLAGS, "--as": no_names, "--help": no_names}, first=models),
+        "%unload_engine": Grammar(first=engines),
+        "%%chat": Grammar(chat_flags),
+        "%chat": Grammar(
+            {**GENERATION_FLAGS, "--clear": no_names, "--all": no_names, "--format": lambda: FORMATS},
+            first=lambda: chat.names,
+            after=dict.fromkeys(("open", "delete", "resume"), conversations),
+        ),
+        "%engine": Grammar(first=lambda: engine.names, after={"use": engines, "prefetch": models}),
+        "%kani": Grammar(first=lambda: kani.names),
+    }
+
+
+FORMATS = ("json", "openai", "sharegpt", "markdown")
+
+
+def models() -> Sequence[str]:
+    """Aliases, models on this disk, engines of one's own, and `echo`."""
+    from kani_nb.engines.hub import cached_models
+    from kani_nb.engines.sources_aliases import ALIASES
+
+    cached = [each.name for each in cached_models()]
+    return sorted({*ALIASES, *cached, *runtime().engines, "echo"})
+
+
+def engines() -> Sequence[str]:
+    """The engines that are loaded."""
+    return sorted(runtime().engines)
+
+
+def conversations() -> Sequence[str]:
+    """The conversations of this notebook."""
+    rt = runtime()
+    try:
+        saved = [each.name for each in rt.list_chats()]
+    except KaniNbError:  # a store that cannot be read is told by the verb that needs it
+        saved = []
+    return sorted({*rt.chats, *saved})

@@ -1,0 +1,110 @@
+"""Which front end and kernel this is: the running cell's identity, the notebook's path, and what can be shown there.
+
+Only looks: at messages the kernel holds, at environment variables that servers set, and at class names. Whatever cannot
+be known is empty, and callers fall back.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from kani_nb.conversation.tree import CellRef
+
+if TYPE_CHECKING:
+    from kani_nb.notebook.stop_bus import StopBus
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEnd:
+    """What is known of the place the cell runs in.
+
+    Attributes:
+        kind: `notebook` (a Jupyter kernel), `colab`, `vscode`, `terminal` (IPython in a terminal) or `plain`.
+        has_kernel: messages are exchanged with a front end, so that displays can be updated.
+    """
+
+    kind: str
+    has_kernel: bool
+
+
+def front_end(shell: Any) -> FrontEnd:
+    """The front end of `shell`."""
+    has_kernel = getattr(shell, "kernel", None) is not None
+    if type(shell).__module__.startswith("google.colab") or "google.colab" in sys.modules:
+        return FrontEnd("colab", has_kernel)
+    if has_kernel:
+        is_vscode = "__vsc_ipynb_file__" in shell.user_ns or "VSCODE_PID" in os.environ
+        return FrontEnd("vscode" if is_vscode else "notebook", has_kernel)
+    return FrontEnd("terminal" if type(shell).__name__ == "TerminalInteractiveShell" else "plain", has_kernel)
+
+
+def cell_ref(shell: Any) -> CellRef:
+    """The identity of the cell that runs now.
+
+    The cell's id comes from the execute request (JupyterLab, Notebook 7, VS Code); None where none was sent. The
+    execution's is that request's own, or the execution count in a terminal, made unique to this process.
+    """
+    request = _request(shell)
+    metadata = request.get("metadata") or {}
+    header = request.get("header") or {}
+    cell_id = metadata.get("cellId") or None
+    execution_id = header.get("msg_id") or f"{_process_id()}-{getattr(shell, 'execution_count', 0)}"
+    return CellRef(cell_id=str(cell_id) if cell_id else None, execution_id=str(execution_id))
+
+
+def ends_source(shell: Any, prompt: str) -> bool:
+    """Whether the running cell is a `%%chat` whose source ends with `prompt`, so that it can be read there."""
+    source = str((_request(shell).get("content") or {}).get("code") or "").rstrip()
+    return "%%chat" in source and source.endswith("\n" + prompt)
+
+
+def capabilities(shell: Any, bus: StopBus) -> dict[str, str]:
+    """What was decided about this front end, in words, for `%kani doctor`."""
+    place = front_end(shell)
+    if not place.has_kernel:
+        return {"front end": f"{place.kind}: plain text, no widgets, no figures; Ctrl-C ends an answer"}
+    stop = "Stop button while a cell runs" if bus.install() else "no Stop button while a cell runs: use the stop icon"
+    plots = "figures by plotly from its CDN" if place.kind == "colab" else "figures as plotly JSON and SVG"
+    kernel = f"{type(shell.kernel).__module__.split('.')[0]} {_version('ipykernel')}"
+    path = notebook_path(shell)
+    return {
+        "front end": f"{place.kind}, {kernel}; outputs are updated in place, {plots}; {stop}",
+        "notebook": path or "path not known: conversations are found by name",
+    }
+
+
+def notebook_path(shell: Any) -> str:
+    """The path of the notebook this kernel belongs to, or an empty string (Colab, nbclient, a terminal)."""
+    in_vscode = shell.user_ns.get("__vsc_ipynb_file__")
+    if isinstance(in_vscode, str) and in_vscode:
+        return in_vscode
+    named = os.environ.get("JPY_SESSION_NAME", "")
+    return named if named.endswith(".ipynb") else ""
+
+
+def _request(shell: Any) -> Mapping[str, Any]:
+    """The execute request being served, or nothing outside a kernel."""
+    kernel = getattr(shell, "kernel", None)
+    get_parent = getattr(kernel, "get_parent", None)
+    request = get_parent("shell") if callable(get_parent) else getattr(shell, "parent_header", None)
+    return request if isinstance(request, Mapping) else {}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+@cache
+def _process_id() -> str:
+    """Distinguishes the execution counts of this process from those of others."""
+    return uuid4().hex[:12]

@@ -1,0 +1,85 @@
+"""The one line under an answer that says what it took, and the way sizes and counts are written for people.
+
+Pure functions of `GenerationMetrics`; nothing is measured or shown here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kani_nb.metrics.recorder import GenerationMetrics
+
+_GIB = 1024**3
+_MIB = 1024**2
+#: Share of the context window from which the line says how full it is.
+_NEARLY_FULL = 0.75
+#: Waiting for the engine that is worth a word.
+_NOTICEABLE_S = 0.2
+
+_SOURCES = {"rss": "process RSS", "cuda": "CUDA allocator"}
+_ENDINGS = {
+    "stop": "stop",
+    "length": "stopped at the token limit",
+    "tool_calls": "called tools",
+    "cancelled": "stopped",
+    "interrupted": "interrupted",
+    "error": "failed",
+}
+
+
+def stat_line(metrics: GenerationMetrics) -> str:
+    """One line: tokens, speed, first text, cached tokens, context, peak memory, and how the answer ended.
+
+    What is not known is left out.
+    """
+    parts = [
+        _counted(metrics.completion_tokens, "token"),
+        "" if metrics.tokens_per_s is None else f"{metrics.tokens_per_s:,.1f} tok/s",
+        "" if metrics.ttft_s is None else f"first after {seconds(metrics.ttft_s)}",
+        f"waited {seconds(metrics.queued_s)} for the engine" if metrics.queued_s >= _NOTICEABLE_S else "",
+        _prompt(metrics),
+        context_use(metrics.context_tokens, metrics.max_context_size),
+        _peak(metrics),
+        _ENDINGS.get(metrics.finish_reason, metrics.finish_reason),
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def context_use(used_tokens: int | None, window_tokens: int | None) -> str:
+    """How much of the context is used; from three quarters on, in per cent too."""
+    if used_tokens is None or not window_tokens:
+        return ""
+    share = used_tokens / window_tokens
+    warning = f" ({share:.0%} full)" if share >= _NEARLY_FULL else ""
+    return f"context {used_tokens:,}/{window_tokens:,}{warning}"
+
+
+def size(count: int) -> str:
+    """Bytes as GiB or MiB."""
+    return f"{count / _GIB:,.1f} GiB" if count >= 0.1 * _GIB else f"{count / _MIB:,.0f} MiB"
+
+
+def seconds(duration_s: float) -> str:
+    """A duration with the digits that matter."""
+    if duration_s < 10:
+        return f"{duration_s:.2f} s"
+    return f"{duration_s:.0f} s" if duration_s < 100 else f"{duration_s // 60:.0f} min {duration_s % 60:.0f} s"
+
+
+def _counted(count: int | None, noun: str) -> str:
+    return "" if count is None else f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _prompt(metrics: GenerationMetrics) -> str:
+    if metrics.prompt_tokens is None:
+        return ""
+    if metrics.cached_tokens is None:
+        return _counted(metrics.prompt_tokens, "prompt token")
+    return f"{metrics.cached_tokens:,} of {_counted(metrics.prompt_tokens, 'prompt token')} cached"
+
+
+def _peak(metrics: GenerationMetrics) -> str:
+    if metrics.peak_bytes is None:
+        return ""
+    return f"peak {size(metrics.peak_bytes)} ({_SOURCES.get(metrics.peak_source, metrics.peak_source)})"

@@ -1,0 +1,128 @@
+"""One turn as a notebook output: the prompt, the answer, notes and the stat line, as HTML and as plain text.
+
+Pure: given what is known of a turn, the same bundle. Whatever the user or the model wrote is escaped or goes through
+`render`.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kani_nb.messages import MediaPart, MessagePart
+from kani_nb.notebook import math
+from kani_nb.notebook.render import showable
+from kani_nb.notebook.theme import style_tag
+
+#: An escape sequence would command the terminal that shows the plain text; a lone surrogate cannot be sent.
+_COMMANDING = re.compile("[\x1b\x80-\x9f\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class TurnText:
+    """What an output says of one turn.
+
+    Attributes:
+        prompt: the user's words.
+        answer: the answer so far.
+        answer_html: the same as safe HTML.
+        model: who answers.
+        reasoning: the model's reasoning so far, shown folded.
+        status: what is happening, while the answer is not complete.
+        progress: how much of that is done, in [0, 1], where it is known.
+        notes: what the round has to say of itself.
+        error: why the answer ended early, in one line.
+        stat: the stat line.
+        is_prompt_above: a front end that shows the cell's source has the prompt in it already.
+    """
+
+    prompt: str
+    answer: str
+    answer_html: str
+    model: str
+    reasoning: str = ""
+    status: str = ""
+    progress: float | None = None
+    notes: Sequence[str] = ()
+    error: str = ""
+    stat: str = ""
+    is_prompt_above: bool = False
+
+    def to_bundle(self, *, is_running: bool = False) -> dict[str, str]:
+        """`text/html` and `text/plain`."""
+        return {"text/html": self._html(is_running), "text/plain": self._plain()}
+
+    def end_bundle(self) -> dict[str, str]:
+        """The error and the stat line alone, as an output of their own."""
+        markup = f'{style_tag()}<div class="kani-nb {math.IGNORE_CLASS}">{self._end_html()}</div>'
+        return {"text/html": markup, "text/plain": plain("\n".join(filter(None, (self.error, self.stat))))}
+
+    def _html(self, is_running: bool) -> str:
+        who = _escape(self.model)
+        busy = "true" if is_running else "false"
+        head = f'<div class="kani-nb {math.IGNORE_CLASS}" role="log" aria-label="Chat turn" aria-busy="{busy}">'
+        user = f'<div class="kani-nb-who">You</div><div dir="auto">{_escape(self.prompt)}</div>'
+        user_class = "kani-nb-user kani-nb-above" if self.is_prompt_above else "kani-nb-user"
+        parts = [
+            f'{head}<article class="{user_class}" aria-label="You">{user}</article>',
+            f'<article class="kani-nb-answer" aria-label="{who}"><div class="kani-nb-who">{who}</div>',
+        ]
+        if self.reasoning:
+            parts.append(
+                f'<details><summary>Reasoning</summary><div dir="auto">{_escape(self.reasoning)}</div></details>'
+            )
+        if self.answer_html:
+            parts.append(f'<div class="kani-nb-md" dir="auto">{self.answer_html}</div>')
+        parts.append("</article>")
+        if self.status:
+            bar = "" if self.progress is None else f' <progress max="1" value="{self.progress:.3f}"></progress>'
+            parts.append(f'<div class="kani-nb-stat">{_escape(self.status)}{bar}</div>')
+        parts += [f'<div class="kani-nb-note">{_escape(note)}</div>' for note in self.notes]
+        parts += [self._end_html(), "</div>"]
+        return style_tag(with_code="<pre><code class=" in self.answer_html) + "".join(parts)
+
+    def _end_html(self) -> str:
+        error = f'<div class="kani-nb-note kani-nb-error">{_escape(self.error)}</div>' if self.error else ""
+        return error + (f'<div class="kani-nb-stat">{_escape(self.stat)}</div>' if self.stat else "")
+
+    def _plain(self) -> str:
+        lines = [f"You: {self.prompt}", f"{self.model}: {self.answer}"]
+        lines += [f"[{each}]" for each in (self.status, *self.notes, self.error, self.stat) if each]
+        return plain("\n\n".join(lines))
+
+
+def plain(text: str) -> str:
+    """`text` verbatim, but for escape characters and lone surrogates, which become U+FFFD."""
+    return _COMMANDING.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def prompt_text(prompt: str | Sequence[MessagePart | str]) -> str:
+    """A prompt as text, with its media named in place."""
+    if isinstance(prompt, str):
+        return prompt
+    return "".join(_part_text(part) for part in prompt)
+
+
+def _part_text(part: MessagePart | str) -> str:
+    if isinstance(part, MediaPart):
+        return f"[{part.mime}, {len(part.data):,} bytes]"
+    return str(part)
+
+
+def shortened(text: str, limit: int) -> str:
+    """The beginning of a text too long for every frame, and how much more there is."""
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text) - limit:,} more characters)"
+
+
+def error_line(error: BaseException) -> str:
+    """The first line of what an exception says, with its class."""
+    words: Any = getattr(error, "what", None) or str(error)
+    first = str(words).strip().split("\n", 1)[0]
+    return f"{type(error).__name__}: {shortened(first, 300)}" if first else type(error).__name__
+
+
+def _escape(text: str) -> str:
+    return html.escape(showable(text))

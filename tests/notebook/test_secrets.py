@@ -1,0 +1,64 @@
+"""A token typed in a cell is refused, and never repeated."""
+
+import os
+
+import pytest
+
+from kani_nb.errors import ConfigError
+from kani_nb.notebook.secrets import ask_token, refuse_secrets, without_secrets
+
+SECRET = "hf_abcdefghijKLMNOP"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"org/model --token {SECRET}",
+        f"org/model --token={SECRET}",
+        "org/model --token anything",
+        "org/model --hf-token x",
+        "org/model --api-key x",
+        f"org/model {SECRET}",
+        f"{SECRET}",
+        f"--system='my token is {SECRET}'",
+        "openai:gpt sk-proj-abcdefghij0123",
+    ],
+)
+def test_a_line_with_a_token_is_refused_with_advice_and_without_repeating_it(line):
+    with pytest.raises(ConfigError) as caught:
+        refuse_secrets(line)
+    text = str(caught.value)
+    assert "HF_TOKEN" in text
+    assert "Colab's Secrets" in text
+    assert "%kani token" in text
+    assert SECRET not in text
+    assert "sk-proj" not in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["smollm2", "org/hf_model", "./hf_models/x.gguf", "smollm2 --max-new-tokens 5", "org/token-classifier", "hf_x"],
+)
+def test_a_line_without_one_is_not(line):
+    refuse_secrets(line)
+
+
+def test_tokens_in_a_text_are_blotted_out():
+    assert SECRET not in without_secrets(f"401 for {SECRET}")
+
+
+def test_a_token_asked_for_ends_in_the_environment(monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    ask_token(lambda prompt: f" {SECRET} ")
+    assert os.environ["HF_TOKEN"] == SECRET
+    monkeypatch.delenv("HF_TOKEN")
+
+
+def test_where_nobody_can_be_asked_the_error_says_what_to_do(monkeypatch):
+    def ask(prompt):
+        raise EOFError
+
+    with pytest.raises(ConfigError, match="set HF_TOKEN in the environment"):
+        ask_token(ask)
+    with pytest.raises(ConfigError, match="nothing was entered"):
+        ask_token(lambda prompt: "")

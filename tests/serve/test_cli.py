@@ -1,0 +1,148 @@
+"""The command line: what it prints, and its exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import kani_nb
+from kani_nb.serve.cli import main
+from kani_nb.serve.quickstart import NAME, open_command, quickstart_notebook
+
+
+@pytest.fixture(autouse=True)
+def own_runtime(clean_runtime):
+    return clean_runtime
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "kani_nb.serve.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_the_version_is_the_packages():
+    done = run("--version")
+    assert done.returncode == 0
+    assert done.stdout.strip() == f"kani-nb {kani_nb.__version__}"
+
+
+def test_a_prompt_is_answered_and_its_numbers_stand_beside_it(capsys):
+    assert main(["chat", "echo", "-p", "hello there"]) == 0
+    caught = capsys.readouterr()
+    assert caught.out.strip() == "hello there"
+    assert "2 tokens" in caught.err
+
+
+def test_a_conversation_goes_on_until_the_input_ends():
+    done = run("chat", "echo", input="first\n\nsecond\n")
+    assert done.returncode == 0
+    assert done.stdout.index("first") < done.stdout.index("second")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["chat", "no-such-model", "-p", "x"], 1, "there is no model 'no-such-model'"),
+        (["chat", "echo", "--temperature", "-1", "-p", "x"], 2, "temperature is -1.0"),
+        (["chat", "echo", "-p", "  "], 1, "the prompt is empty"),
+        (["prefetch", "no-such-model"], 1, "there is no model"),
+    ],
+)
+def test_what_cannot_be_done_is_one_paragraph_and_an_exit_code(capsys, arguments, code, said):
+    assert main(arguments) == code
+    caught = capsys.readouterr()
+    assert said in caught.err
+    assert len(caught.err.strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize("arguments", [[], ["bogus"], ["chat", "echo", "--bogus"], ["prefetch"]])
+def test_a_wrong_command_line_ends_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+def test_the_doctor_ends_with_one_line_of_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    record = json.loads(lines[-1])
+    topics = {finding["topic"] for finding in record["findings"]}
+    assert {"kani_nb", "packages", "device", "CPU threads", "Hub", "conversations"} <= topics
+    assert len(lines) - 1 <= 25
+
+
+def test_a_token_in_the_environment_is_named_by_its_source_and_never_shown(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecretindeed")
+    assert main(["doctor", "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert "verysecret" not in shown
+    assert "HF_TOKEN" in shown
+
+
+def test_the_doctor_says_what_mends_a_store_that_cannot_be_read(capsys, own_home):
+    (own_home / "conversations.db").write_bytes(b"this is no database" * 100)
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "! " in shown
+    assert "conversations.db" in shown.split("! ", 1)[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise there")
+def test_ctrl_c_ends_the_answer_and_the_chat_goes_on(own_home):
+    command = [sys.executable, "-u", "-m", "kani_nb.serve.cli", "chat", "echo:delay=0.05"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        process.stdin.write("word " * 100 + "\n")
+        process.stdin.flush()
+        seen = ""
+        while seen.count("word") < 3:
+            seen += process.stdout.read(1)
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        while "stopped" not in seen:
+            seen += process.stdout.read(1)
+        assert time.monotonic() - asked < 2
+        process.stdin.write("next\n")
+        process.stdin.close()
+        seen += process.stdout.read()
+        assert process.wait(timeout=20) == 0
+    assert "next" in seen.split("stopped")[1]
+
+
+def test_the_quickstart_is_found_and_the_command_that_opens_it_names_it():
+    path = quickstart_notebook()
+    assert path.name == NAME
+    assert str(path) in open_command(path)
+
+
+def test_the_quickstart_is_a_clean_notebook():
+    nb = json.loads(quickstart_notebook().read_text(encoding="utf-8"))
+    assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in nb["cells"]]
+    assert len(set(ids)) == len(ids)
+    code = [cell for cell in nb["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    assert "colab.research.google.com" in "".join(nb["cells"][0]["source"])
+
+
+@pytest.mark.kernels
+@pytest.mark.timeout(600)
+def test_the_quickstart_runs_on_the_real_model_twice_and_ends_with_one_command(smollm2):
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "kani_nb.serve.cli", "quickstart"], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Paris" in done.stdout
+        assert "tok/s" in done.stdout
+        assert "chat-1: 2 turns" in done.stdout
+        assert done.stdout.count("jupyter lab") == 1
+        assert "WARNING" not in done.stderr
+        assert "Traceback" not in done.stderr
