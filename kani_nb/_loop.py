@@ -48,10 +48,21 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Await `coroutine` on this loop from whichever loop the caller is on."""
+        """Await `coroutine` on this loop from whichever loop the caller is on; cancelling cancels it there.
+
+        The waiting loop wakes ten times a second: an interrupt of `await` in a cell cancels the cell's task from a
+        signal handler, which an idle loop would notice only when something else wakes it.
+        """
         if self.is_current:
             return await coroutine
-        return await asyncio.wrap_future(self.submit(coroutine))
+        future = asyncio.wrap_future(self.submit(coroutine))
+        try:
+            while not future.done():
+                await asyncio.wait({future}, timeout=0.1)
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+        return future.result()
 
     def run_sync(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on the loop and block the calling thread until it ends.

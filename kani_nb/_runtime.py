@@ -20,7 +20,14 @@ from kani_nb.conversation.tree import Conversation
 from kani_nb.engines.base import BaseEngine, ProgressCallback
 from kani_nb.engines.registry import create_engine
 from kani_nb.engines.worker import Slot
-from kani_nb.errors import ConversationBusyError, ConversationError, NoEngineError, did_you_mean
+from kani_nb.errors import (
+    ConfigError,
+    ConversationBusyError,
+    ConversationError,
+    KaniNbError,
+    NoEngineError,
+    did_you_mean,
+)
 from kani_nb.metrics.recorder import Recorder
 
 
@@ -75,6 +82,7 @@ class Runtime:
         self._load_lock: asyncio.Lock | None = None
         self._chats: dict[str, ChatSession] = {}
         self._chat: ChatSession | None = None
+        self._resumed: str | None = None
 
     # -- engines ---------------------------------------------------------------------------------------------------
 
@@ -110,10 +118,19 @@ class Runtime:
         return self.engine
 
     def use(self, engine: BaseEngine | str, name: str | None = None) -> BaseEngine:
-        """Make any engine the current one: one of your own, or a loaded one by its name."""
+        """Make any engine the current one: one of your own, or a loaded one by its name.
+
+        Raises:
+            ConfigError: it is not a `BaseEngine`.
+            NoEngineError: no engine has that name.
+        """
         if isinstance(engine, str):
             self._current = self._known(engine)
             return self._engines[engine]
+        if not isinstance(engine, BaseEngine):
+            raise ConfigError(
+                f"{engine!r} is not an engine", fix="rt.use(an instance of a subclass of kani_nb.BaseEngine)"
+            )
         chosen = name or type(engine).__name__.removesuffix("Engine").lower() or "engine"
         with self._lock:
             self._engines[chosen] = engine
@@ -148,11 +165,18 @@ class Runtime:
                     return LoadedEngine(known, self._engines[known], reused=True)
             engine = create_engine(config)
             await engine.prepare(progress)
-            chosen = name or _short_name(config.model)
-            replaced = chosen if chosen in self._engines else (self._replaceable if name is None else None)
-            if replaced is not None:
-                await self._unload(replaced)
-            await engine.load(progress)
+            chosen = name or self._free_name(_short_name(config.model))
+            freed = [each for each in (chosen, self._replaceable if name is None else None) if each in self._engines]
+            lines = [self._configs[each].to_line() for each in freed if each in self._configs]
+            for each in dict.fromkeys(freed):
+                await self._unload(each)
+            try:
+                await engine.load(progress)
+            except KaniNbError as error:
+                if lines:
+                    note = f"{', '.join(dict.fromkeys(freed))} was freed for it: {lines[0]} brings it back"
+                    error.fix = f"{error.fix}\n  {note}" if error.fix else note
+                raise
             self._share_slot(engine)
             with self._lock:
                 self._engines[chosen] = engine
@@ -160,7 +184,12 @@ class Runtime:
                 self._current = chosen
                 if name is None:
                     self._replaceable = chosen
-            return LoadedEngine(chosen, engine, replaced=replaced)
+            return LoadedEngine(chosen, engine, replaced=freed[0] if freed else None)
+
+    def _free_name(self, name: str) -> str:
+        """`name`, unless one of the user's own engines has it."""
+        taken = set(self._engines) - set(self._configs)
+        return name if name not in taken else next(f"{name}-{n}" for n in range(2, 99) if f"{name}-{n}" not in taken)
 
     async def unload(self, name: str | None = None) -> UnloadReport:
         """Free an engine (the current one by default) and say what that gave back.
@@ -219,8 +248,9 @@ class Runtime:
         if not self.saves:
             return None
         with self._lock:
-            if self._store is None:
-                self._store = ConversationStore(self._store_path or default_store_path())
+            wanted = self._store_path or default_store_path()
+            if self._store is None or (self._store.path != wanted and not self._store.is_open):
+                self._store = ConversationStore(wanted)
             return self._store
 
     @property
@@ -231,6 +261,15 @@ class Runtime:
                 self.new_chat()
             assert self._chat is not None
             return self._chat
+
+    @property
+    def current_chat(self) -> ChatSession | None:
+        """The current conversation, or None; unlike `chat` it makes none."""
+        return self._chat
+
+    def set_chat(self, chat: ChatSession | None) -> None:
+        """Make an open conversation the current one; with None the next one asked for is new."""
+        self._chat = chat
 
     @property
     def chats(self) -> dict[str, ChatSession]:
@@ -251,20 +290,35 @@ class Runtime:
         return self._adopt(Conversation.new(name, self.notebook, system))
 
     def open_chat(self, name: str) -> ChatSession:
-        """Make the conversation of that name the current one, from this process or from the store.
+        """Make the conversation of that name the current one, with all turns that the store has of it.
+
+        Looks among those open here, those of this notebook, and then those of all notebooks.
 
         Raises:
-            ConversationError: there is none.
+            ConversationError: there is none, or several notebooks have one.
         """
+        mine = self.list_chats()
+        summary = next((each for each in mine if each.name == name), None)
         if name in self.chats:
             self._chat = self.chats[name]
+            if summary is not None and self.store is not None and not self._chat.is_busy:
+                self._chat.merge(self.store.load(summary.id))
             return self._chat
-        summaries = self.list_chats()
-        for summary in summaries:
-            if summary.name == name:
-                assert self.store is not None
-                return self._adopt(self.store.load(summary.id))
-        names = [summary.name for summary in summaries] + list(self.chats)
+        if summary is None:
+            summary = self._of_any_notebook(name, mine)
+        assert self.store is not None
+        return self._adopt(self.store.load(summary.id))
+
+    def _of_any_notebook(self, name: str, mine: list[ConversationSummary]) -> ConversationSummary:
+        found = [each for each in self.list_chats(everywhere=True) if each.name == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            where = ", ".join(each.notebook or "(no name)" for each in found)
+            raise ConversationError(
+                f"several notebooks have a conversation {name!r}", why=where, fix="%chat open it in its own notebook"
+            )
+        names = [each.name for each in mine] + list(self.chats)
         raise ConversationError(f"there is no conversation {name!r}", fix=did_you_mean(name, names) or "%chat list")
 
     def adopt_chat(self, conversation: Conversation) -> ChatSession:
@@ -274,18 +328,24 @@ class Runtime:
     def resume(self, name: str | None = None) -> ChatSession:
         """Go on with the conversation of this notebook that was used last, or with the one of that name.
 
+        Calling it again gives the same conversation: those begun in this process are not earlier ones.
+
         Raises:
             ConversationError: there is none to go on with.
         """
         if name is not None:
             return self.open_chat(name)
+        if self._resumed is not None and self._resumed in self.chats:
+            return self.open_chat(self._resumed)
         saved = [summary for summary in self.list_chats() if summary.turns and summary.name not in self.chats]
         if not saved:
             raise ConversationError(
-                f"no earlier conversation of {self.notebook or 'a notebook without a name'} is kept",
+                f"no earlier conversation of {self.notebook or 'this notebook'} is kept",
                 fix="%chat list --all shows every one; %chat resume NAME opens it",
             )
-        return self.open_chat(max(saved, key=lambda summary: summary.updated_at).name)
+        chat = self.open_chat(max(saved, key=lambda summary: summary.updated_at).name)
+        self._resumed = chat.conversation.name
+        return chat
 
     def list_chats(self, *, everywhere: bool = False) -> list[ConversationSummary]:
         """The kept conversations of this notebook, or of all."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import numbers
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -44,13 +46,11 @@ class GenerationParams:
 
     def __post_init__(self) -> None:
         """Check each value once, here."""
-        if isinstance(self.stop_strings, str):
-            object.__setattr__(self, "stop_strings", (self.stop_strings,))
-        object.__setattr__(self, "stop_strings", tuple(self.stop_strings or ()))
-        if isinstance(self.eos_token_id, int):
-            object.__setattr__(self, "eos_token_id", (self.eos_token_id,))
-        elif self.eos_token_id is not None:
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if self.max_new_tokens is None:
+            object.__setattr__(self, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+        object.__setattr__(self, "stop_strings", _tuple_of(str, "stop_strings", self.stop_strings or ()))
+        if self.eos_token_id is not None:
+            object.__setattr__(self, "eos_token_id", _tuple_of(int, "eos_token_id", self.eos_token_id))
         for name, (is_valid, expected) in _RANGES.items():
             value = getattr(self, name)
             if value is None:
@@ -89,15 +89,25 @@ class GenerationParams:
         }
 
 
+def _tuple_of(kind: type, name: str, value: Any) -> tuple[Any, ...]:
+    """One value of that kind, or several, as a tuple."""
+    values = (value,) if isinstance(value, str | numbers.Integral) else tuple(value)
+    wanted = numbers.Integral if kind is int else kind
+    for each in values:
+        if not isinstance(each, wanted):
+            raise ConfigError(f"{name} holds {each!r}", why=f"it must be {'a token id' if kind is int else 'text'}")
+    return tuple(kind(each) for each in values)
+
+
 _SYNONYMS = {"stop": "stop_strings", "max_tokens": "max_new_tokens"}
 
 
 def _whole(lowest: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and value >= lowest
+    return lambda value: isinstance(value, numbers.Integral) and int(value) >= lowest
 
 
 def _real(test: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int | float) and math.isfinite(value) and test(value)
+    return lambda value: isinstance(value, numbers.Real) and math.isfinite(value) and test(float(value))
 
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -110,7 +120,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "typical_p": (_real(lambda value: 0 < value <= 1), "in (0, 1]"),
     "repetition_penalty": (_real(lambda value: value > 0), "a number above 0 (1 is off)"),
     "no_repeat_ngram_size": (_whole(0), "a whole number of at least 0 (0 is off)"),
-    "seed": (lambda value: isinstance(value, int) and 0 <= value < 2**63, "a whole number from 0 below 2**63"),
+    "seed": (
+        lambda value: isinstance(value, numbers.Integral) and 0 <= int(value) < 2**63,
+        "a whole number from 0 below 2**63",
+    ),
 }
 
 
@@ -148,10 +161,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Check each value once, here."""
-        if not self.model.strip():
+        if not self.model or not self.model.strip():
             raise ConfigError("no model was named", fix="%load_engine smollm2")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype is {self.dtype!r}", why=f"it must be one of {', '.join(DTYPES)}")
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         for name in ("max_context_size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -161,17 +173,34 @@ class EngineConfig:
 
     def to_line(self) -> str:
         """The `%load_engine` line that gives an equal configuration."""
-        words = ["%load_engine", shlex.quote(self.model)]
+        words = ["%load_engine"]
         default = EngineConfig(self.model)
         for option in LOAD_OPTIONS:
             owner, other = (self.generation, default.generation) if option.of_generation else (self, default)
             value = getattr(owner, option.dest)
             if value != getattr(other, option.dest):
                 words += option.to_words(value)
+        words.insert(len(words) if self.model.startswith("-") else 1, shlex.quote(self.model))
+        if self.model.startswith("-"):
+            words.insert(-1, "--")
         return " ".join(words)
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype, given as a torch dtype, as its name, or as people abbreviate it; None is `auto`.
+
+    Raises:
+        ConfigError: weights cannot be loaded in it.
+    """
+    short = {"none": "auto", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+    name = str(dtype).removeprefix("torch.").lower()
+    name = short.get(name, name)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}", why=f"it must be one of {', '.join(DTYPES)}")
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +220,8 @@ class Option:
         common: dict[str, Any] = {"dest": self.dest, "default": argparse.SUPPRESS, "help": self.help}
         if self.type is bool:
             parser.add_argument(self.flag, action=argparse.BooleanOptionalAction, **common)
-        elif self.dest == "stop_strings":
-            parser.add_argument(self.flag, action="append", metavar="TEXT", **common)
+        elif self.dest in ("stop_strings", "eos_token_id"):
+            parser.add_argument(self.flag, action="append", type=self.type, metavar=self.metavar or "TEXT", **common)
         else:
             metavar = self.metavar or self.dest.upper()
             parser.add_argument(self.flag, type=self.type, choices=self.choices or None, metavar=metavar, **common)
@@ -244,12 +273,20 @@ GENERATION_OPTIONS = (
         metavar="N",
     ),
     Option("--seed", "seed", "make sampling repeatable", int, of_generation=True, metavar="N"),
+    Option(
+        "--eos-token-id",
+        "eos_token_id",
+        "token that ends an answer (may be given again)",
+        int,
+        of_generation=True,
+        metavar="ID",
+    ),
     Option("--stop", "stop_strings", "end the answer before this text (may be given again)", of_generation=True),
 )
 
 LOAD_OPTIONS = (
     Option("--revision", "revision", "branch, tag or commit of the repository"),
-    Option("--dtype", "dtype", "precision of the weights", choices=DTYPES),
+    Option("--dtype", "dtype", "precision of the weights", lambda text: dtype_name(text), choices=DTYPES),
     Option("--device", "device", "cuda, cuda:1, mps or cpu (default: the best there is)"),
     Option("--device-map", "device_map", "auto, balanced, sequential, a device, or JSON"),
     Option("--max-context-size", "max_context_size", "tokens of prompt and answer together", int, metavar="N"),
@@ -260,6 +297,19 @@ LOAD_OPTIONS = (
     Option("--allow-pickle", "allow_pickle", "load pickled weights, which can run code too", bool),
     *GENERATION_OPTIONS,
 )
+
+
+def split_words(line: str) -> list[str]:
+    """The words of a line, quoted as in a shell; on Windows a backslash is a part of a path.
+
+    Raises:
+        ValueError: a quote is not closed.
+    """
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    if os.name == "nt":
+        lexer.escape = ""
+    return list(lexer)
 
 
 class LineParser(argparse.ArgumentParser):
@@ -280,7 +330,7 @@ class LineParser(argparse.ArgumentParser):
             ConfigError: an option that is not known (with the near misses), a bad value, or an unclosed quote.
         """
         try:
-            words = shlex.split(line)
+            words = split_words(line)
         except ValueError as error:
             raise ConfigError(f"cannot read {line!r}", why=str(error).lower()) from None
         known = sorted(flag for action in self._actions for flag in action.option_strings if flag.startswith("--"))
@@ -328,4 +378,4 @@ def parse_config(line: str) -> EngineConfig:
     Raises:
         ConfigError: an option or a value that cannot be used.
     """
-    return config_from_args(vars(load_parser().parse_line(line.removeprefix("%load_engine"))))
+    return config_from_args(vars(load_parser().parse_line(line.strip().removeprefix("%load_engine"))))

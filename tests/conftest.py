@@ -98,7 +98,12 @@ def make_model(folder: Path, *, kind: str = "llama", chat_template: str | None =
             "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
         }
         model = Gemma3ForCausalLM(Gemma3TextConfig(**(common | sliding | changes)))
-    # Single bytes of longer characters are never the likeliest, so that answers are text, as a trained model's are.
+    return save_model(folder, model, tokenizer)
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any) -> Path:
+    """`model` in `folder`, with a head that makes it answer in text, as a trained model does."""
+    # Single bytes of longer characters are never the likeliest, nor are control characters and tokens.
     spelled = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     unlikely = [token for token, text in enumerate(spelled) if not text.isprintable() or "\ufffd" in text]
     model.get_output_embeddings().weight.data[[*unlikely, *tokenizer.all_special_ids]] = 0

@@ -310,6 +310,7 @@ class Round:
             context_tokens=context_tokens,
             max_context_size=self.request.engine.max_context_size or None,
             finish_reason=(reason.value if reason else "stop") if completion else self.stop_reason or "cancelled",
+            seed=getattr(completion, "seed", None),
             conversation=conversation,
             started_at=self.started_at,
         )

@@ -239,6 +239,15 @@ class ChatSession:
             self._conversation = self._conversation.renamed(name)
             self._write_words()
 
+    def merge(self, stored: Conversation) -> None:
+        """Take in the turns that another process has added to the stored conversation; the head stays.
+
+        Raises:
+            ConversationBusyError: a round is running.
+        """
+        with self._changing():
+            self._conversation = self._conversation.with_turns_of(stored)
+
     # One round.
 
     @contextmanager

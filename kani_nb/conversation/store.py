@@ -56,6 +56,11 @@ class ConversationStore:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the file could be opened."""
+        return self._connection is not None
+
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """The connection, for one thread at a time, with its errors translated."""

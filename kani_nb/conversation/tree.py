@@ -242,6 +242,11 @@ class Conversation:
         """
         return replace(self, head=turn_id)
 
+    def with_turns_of(self, other: Conversation) -> Conversation:
+        """This conversation with the turns that only `other` has; the head stays."""
+        new = {turn_id: turn for turn_id, turn in other.turns.items() if turn_id not in self.turns}
+        return replace(self, turns={**self.turns, **new}) if new else self
+
     def undone(self, n: int = 1) -> Conversation:
         """This conversation with the head `n` turns up, or before the first turn where there are fewer.
 

@@ -114,12 +114,15 @@ class Completion(BaseCompletion):
         *,
         cached_tokens: int | None = None,
         finish_reason: FinishReason | None = None,
+        seed: int | None = None,
     ) -> None:
         self._message = message
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = completion_tokens
         self._cached_tokens = cached_tokens
         self._finish_reason = finish_reason
+        #: What the answer was sampled with, drawn or given; None where nothing was sampled.
+        self.seed = seed
 
     message = property(lambda self: self._message, doc=BaseCompletion.message.__doc__)
     prompt_tokens = property(lambda self: self._prompt_tokens, doc=BaseCompletion.prompt_tokens.__doc__)

@@ -52,7 +52,7 @@ class Slot:
             self._waiters.append((loop, ticket))
         try:
             await ticket
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or closed with its loop
             with self._lock:
                 still_waits = (loop, ticket) in self._waiters
                 if still_waits:
@@ -178,7 +178,12 @@ async def run_in_thread(
     if slot is not None:
         await slot.acquire()
     worker: Worker[T] = Worker(work, name=name, done=slot.release if slot is not None else None)
-    worker.start()
+    try:
+        worker.start()
+    except RuntimeError:  # no thread could be started
+        if slot is not None:
+            slot.release()
+        raise
     try:
         results = [item async for item in worker.read()]
     finally:

@@ -80,9 +80,9 @@ def free_bytes(device: str) -> int:
     Raises:
         ConfigError: there is no such device here.
     """
-    if device == "cpu":
+    if device in ("cpu", "meta"):  # what is offloaded to disk is computed on the CPU
         return cpu_memory()[1]
-    wanted = "cuda:0" if device == "cuda" else device
+    wanted = {"cuda": "cuda:0", "mps:0": "mps"}.get(device, device)
     devices = list_devices()
     for each in devices:
         if each.name == wanted:

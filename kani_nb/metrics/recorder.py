@@ -30,6 +30,7 @@ class GenerationMetrics:
         peak_source: `cuda` (the allocator's peak) or `rss` (the process's resident memory).
         weight_bytes, kv_bytes: the engine's own, after the answer.
         free_bytes: free memory of the device after the answer.
+        seed: what the answer was sampled with; the same seed gives the same answer.
         finish_reason: `stop`, `length`, `tool_calls`, `cancelled` (stopped), `interrupted` or `error`.
     """
 
@@ -51,6 +52,7 @@ class GenerationMetrics:
     context_tokens: int | None = None
     max_context_size: int | None = None
     finish_reason: str = ""
+    seed: int | None = None
     conversation: str = ""
     started_at: float = 0.0
 

@@ -10,7 +10,7 @@ import pytest
 
 from kani_nb import BaseCompletion, ChatMessage, HuggingEngine, TextDelta
 from kani_nb.engines.base import FinishReason, PrefillProgress
-from kani_nb.errors import ConfigError, GenerationError, PromptError, PromptTooLongError
+from kani_nb.errors import ConfigError, GenerationError, ModelFilesError, PromptError, PromptTooLongError
 from tests.conftest import make_model
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
@@ -411,3 +411,90 @@ async def test_counting_a_prompt_while_another_answer_runs_disturbs_neither(engi
     completion = await answer(engine, [ChatMessage.user("Hello")], max_new_tokens=60)
     assert completion.message.text == expected
     assert set(await asyncio.gather(*counting)) == {expected_len}
+
+
+async def test_a_load_that_was_cancelled_does_not_spoil_the_next_one(tiny_model):
+    import transformers
+
+    untouched = transformers.PreTrainedModel.tie_weights
+    expected = None
+    for number in range(6):
+        abandoned = engine_of(tiny_model)
+        task = asyncio.create_task(abandoned.load())
+        await asyncio.sleep(0.01 * number)
+        task.cancel()
+        fresh = engine_of(tiny_model)
+        text = (await answer(fresh, [ChatMessage.user("the quick brown fox")])).message.text
+        expected = expected or text
+        assert text == expected
+        await asyncio.gather(task, return_exceptions=True)
+        await fresh.close()
+    assert transformers.PreTrainedModel.tie_weights is untouched
+
+
+async def test_missing_weights_are_refused_and_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelFilesError, match=r"(?s)weights of .* are missing .*model\.layers\.1\."):
+        await engine_of(folder).load()
+
+
+async def test_closing_ends_the_present_answer_and_fails_those_that_wait(tiny_model):
+    engine = engine_of(tiny_model)
+    await engine.load()
+    prompt = [ChatMessage.user("the quick brown fox")]
+    running = [asyncio.create_task(answer(engine, prompt, max_new_tokens=400)) for _ in range(3)]
+    while engine.slot.queue_length < 2:
+        await asyncio.sleep(0)
+    await engine.close()
+    results = await asyncio.gather(*running, return_exceptions=True)
+    assert any(isinstance(each, GenerationError) for each in results)
+    assert not any(getattr(each, "finish_reason", None) is FinishReason.LENGTH for each in results)
+
+
+def test_two_loops_can_load_one_engine_at_once(tiny_model):
+    engine, errors = engine_of(tiny_model), []
+
+    def use():
+        try:
+            asyncio.run(engine.load())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert not errors
+    assert engine.is_loaded
+
+
+async def test_a_sampled_answer_tells_its_seed_and_repeats_with_it(engine):
+    prompt = [ChatMessage.user("Hello")]
+    sampled = await answer(engine, prompt, do_sample=True, temperature=2.0)
+    again = await answer(engine, prompt, do_sample=True, temperature=2.0, seed=sampled.seed)
+    assert again.message.text == sampled.message.text
+    assert (await answer(engine, prompt)).seed is None
+
+
+@pytest.mark.parametrize("form", ["text", "ids", "nested", "tensor", "batch"])
+async def test_build_prompt_may_give_text_ids_or_what_a_tokenizer_gives(tiny_model, form):
+    class Custom(HuggingEngine):
+        def build_prompt(self, messages):
+            text = "user: " + messages[-1].text
+            batch = self.tokenizer(text, add_special_tokens=False)
+            ids = batch["input_ids"]
+            if form == "tensor":
+                import torch
+
+                return torch.tensor([ids])
+            return {"text": text, "ids": ids, "nested": [ids], "batch": batch}[form]
+
+    engine = Custom(str(tiny_model), dtype="float32", threads=1)
+    assert engine.prompt_len([ChatMessage.user("Hello")]) == len(engine.tokenizer("user: Hello")["input_ids"])

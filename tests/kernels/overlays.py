@@ -40,12 +40,22 @@ OVERLAYS: dict[str, list[str]] = {
     "ipykernel-7.4": ["ipykernel==7.4.0"],
 }
 
+#: What the engines stand on, as Google Colab has it: `PYTHONPATH=$(python -m tests.kernels.overlays models)`.
+MODEL_LIBRARIES = {
+    "models": ["transformers==5.15.0", "accelerate==1.14.0", "tokenizers==0.22.2", "huggingface-hub==1.33.0"],
+}
+
+
+def packages(name: str) -> list[str]:
+    """What the set of that name holds."""
+    return (OVERLAYS | MODEL_LIBRARIES)[name]
+
 
 def overlay_folder(name: str) -> Path:
     """Where the set of that name lies, whether it is installed or not."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kani_nb-tests"
     tag = f"{sys.version_info.major}.{sys.version_info.minor}"
-    digest = hashlib.sha256("\n".join(OVERLAYS[name]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256("\n".join(packages(name)).encode()).hexdigest()[:8]
     return cache / f"{name}-py{tag}-{digest}"
 
 
@@ -59,11 +69,11 @@ def install(name: str) -> Path:
     folder = overlay_folder(name)
     if not is_installed(name):
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
-        subprocess.run([*command, *OVERLAYS[name]], check=True)
+        subprocess.run([*command, *packages(name)], check=True)
         (folder / ".complete").touch()
     return folder
 
 
 if __name__ == "__main__":
-    for each in OVERLAYS:
-        print(each, install(each))
+    for each in sys.argv[1:] or OVERLAYS:
+        print(install(each))

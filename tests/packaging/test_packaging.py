@@ -35,7 +35,7 @@ COLAB = {
     "pygments": "2.19.2",
     "pyyaml": "6.0.3",
     "requests": "2.32.4",
-    "safetensors": "0.6.2",
+    "safetensors": "0.8.0",
     "tenacity": "9.1.2",
     "tokenizers": "0.22.1",
     "torch": "2.11.0",

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Self
 
-from kani_nb.config import EngineConfig, GenerationParams
+from kani_nb.config import EngineConfig, GenerationParams, dtype_name
 from kani_nb.engines.base import (
     BaseEngine,
     EngineMemory,
@@ -86,6 +86,10 @@ class HuggingEngine(BaseEngine):
         generation: GenerationParams | None = None,
         **generation_defaults: Any,
     ) -> None:
+        if device is not None and device_map is not None:
+            raise ConfigError(
+                f"device={device!r} and device_map={device_map!r} exclude each other", fix="give one of them"
+            )
         old_names = {name: generation_defaults.pop(name, None) for name in ("torch_dtype", "use_auth_token")}
         self.model_id = str(model_id)
         self.generation = GenerationParams.from_kwargs(generation_defaults, generation)
@@ -94,7 +98,7 @@ class HuggingEngine(BaseEngine):
         self._token = token or (old_names["use_auth_token"] if isinstance(old_names["use_auth_token"], str) else None)
         self._device = device
         self._device_map = device_map
-        self._dtype = str(old_names["torch_dtype"] or dtype).removeprefix("torch.")
+        self._dtype = dtype_name(old_names["torch_dtype"] or dtype)
         self._tokenizer_cls = tokenizer_cls
         self._model_cls = model_cls
         self._tokenizer_kwargs = dict(tokenizer_kwargs or {})
@@ -114,8 +118,8 @@ class HuggingEngine(BaseEngine):
         self._memory: AnswerMemory | None = None
         self._loaded: LoadedModel | None = None
         self._cache: PrefixCache | None = None
-        self._loading: asyncio.Lock | None = None
-        self._running: threading.Event | None = None  # the stop flag of the answer that is being generated
+        self._loading = Slot()
+        self._running: tuple[threading.Event, threading.Event] | None = None  # (stop, has ended) of the present answer
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Self:
@@ -196,6 +200,7 @@ class HuggingEngine(BaseEngine):
             "threads": self._loaded.threads,
             "context_tokens": self._loaded.context_tokens,
             "chunk_tokens": self._loaded.chunk_tokens,
+            "cache_mode": self._loaded.driving.mode.value,
             "weight_bytes": self._loaded.weight_bytes,
             "kv_budget_bytes": self._cache.budget_bytes,
             "max_new_tokens": self.generation.max_new_tokens,
@@ -210,12 +215,21 @@ class HuggingEngine(BaseEngine):
     # -- loading and freeing ---------------------------------------------------------------------------------------
 
     async def prepare(self, progress: ProgressCallback | None = None) -> None:
-        """Find the model's files, downloading them if need be; nothing is loaded into memory.
+        """Find the model's files, downloading them if need be, and check what can be checked; no weights are loaded.
 
         Raises:
-            UnknownModelError, ModelUnavailableError, ModelFilesError: as their names say.
+            UnknownModelError, ModelUnavailableError, ModelFilesError, ConfigError: as their names say.
         """
-        await run_in_thread(lambda cancelled: self._need_request(progress, cancelled), name="kani-nb-prepare")
+        await run_in_thread(lambda cancelled: self._prepare(progress or _ignore, cancelled), name="kani-nb-prepare")
+
+    def _prepare(self, report: ProgressCallback, cancelled: threading.Event) -> None:
+        from kani_nb.engines.huggingface.loading import check_device, context_of, load_config
+
+        request = self._need_request(report, cancelled)
+        report(LoadProgress("tokenizer", request.name))
+        self._need_tokenizer()
+        context_of(load_config(request), self._asked_context, request.name)
+        check_device(self._device)
 
     async def load(self, progress: ProgressCallback | None = None) -> None:
         """Load the weights. Cancelling returns at once; weights that still arrive are dropped.
@@ -223,25 +237,25 @@ class HuggingEngine(BaseEngine):
         Raises:
             UnknownModelError, ModelUnavailableError, ModelFilesError, OutOfMemoryError: as their names say.
         """
-        if self._loading is None:
-            self._loading = asyncio.Lock()
-        async with self._loading:
+        await self._loading.acquire()
+        try:
             if self._loaded is not None:
                 return
             report = progress or _ignore
-            await run_in_thread(lambda cancelled: self._need_request(report, cancelled), name="kani-nb-prepare")
+            await self.prepare(report)
             started = time.monotonic()
             loaded = await run_in_thread(
                 lambda cancelled: self._load_weights(report, cancelled), name="kani-nb-load", slot=self.slot
             )
             self._adopt(loaded)
             report(LoadProgress("ready", f"{self!r} in {time.monotonic() - started:.1f} s", 1.0))
+        finally:
+            self._loading.release()
 
     def _load_weights(self, report: ProgressCallback, cancelled: threading.Event) -> LoadedModel:
         from kani_nb.engines.huggingface import loading
 
         request = self._need_request(report, cancelled)
-        report(LoadProgress("tokenizer", request.name))
         try:
             return loading.load_model(request, self._need_tokenizer(), self._tokenizer_lock, report, cancelled)
         except KaniNbError as error:
@@ -250,31 +264,30 @@ class HuggingEngine(BaseEngine):
             raise
 
     def _adopt(self, loaded: LoadedModel) -> None:
+        from kani_nb.engines.huggingface.kv_layers import full_context_bytes
         from kani_nb.engines.huggingface.prefix_cache import PrefixCache
         from kani_nb.hardware.devices import free_bytes
 
         if self._cache_gib is not None:
             budget = int(self._cache_gib * _GIB)
         else:
-            budget = min(_full_context_bytes(loaded), free_bytes(loaded.device) // 4)
+            budget = min(full_context_bytes(loaded.model, loaded.context_tokens), free_bytes(loaded.device) // 4)
         self._cache = PrefixCache(loaded.model.config, budget)
         self._loaded = loaded
 
     async def close(self) -> None:
-        """Free the weights and all states. An answer that is being generated ends at its next token."""
+        """Free the weights and all states. The present answer ends at its next token, and those that wait fail."""
         if self._loaded is None:
             return
+        self._loaded = None
+        self._cache = None
         if (running := self._running) is not None:
-            running.set()
-        await self.slot.acquire()
-        try:
-            self._loaded = None
-            self._cache = None
-            from kani_nb.engines.huggingface.loading import free_memory
+            stop, has_ended = running
+            stop.set()
+            await asyncio.to_thread(has_ended.wait)
+        from kani_nb.engines.huggingface.loading import free_memory
 
-            await asyncio.to_thread(free_memory)
-        finally:
-            self.slot.release()
+        await asyncio.to_thread(free_memory)
 
     def _need_request(
         self, progress: ProgressCallback | None = None, cancelled: threading.Event | None = None
@@ -339,16 +352,13 @@ class HuggingEngine(BaseEngine):
 
     def prompt_ids(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
         """The token ids that the model is given, its earlier answers in the very tokens it generated."""
+        from kani_nb.engines.huggingface.prompting import call_build_prompt, ids_of
+
         tokenizer = self._need_tokenizer()
         assert self._memory is not None
         with self._tokenizer_lock:
-            prompt = self.build_prompt(messages, functions)
-            if isinstance(prompt, str):
-                has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-                prompt = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
-            if hasattr(prompt, "flatten"):
-                prompt = prompt.flatten().tolist()
-            return self._memory.restore([int(each) for each in prompt])
+            ids = ids_of(call_build_prompt(self.build_prompt, messages, functions), tokenizer)
+            return self._memory.restore(ids)
 
     def prompt_len(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None, **kwargs: Any) -> int:
         """Exactly the tokens of the prompt that `stream` would compute for `messages`."""
@@ -378,6 +388,11 @@ class HuggingEngine(BaseEngine):
             async for event in events:
                 yield event
 
+    def _parts(self) -> tuple[LoadedModel, PrefixCache, AnswerMemory]:
+        if self._loaded is None or self._cache is None or self._memory is None:
+            raise GenerationError(f"{self.model_id} was unloaded meanwhile", fix=f"%load_engine {self.model_id}")
+        return self._loaded, self._cache, self._memory
+
     def _generate(
         self,
         messages: list[ChatMessage],
@@ -391,44 +406,37 @@ class HuggingEngine(BaseEngine):
         from kani_nb.engines.huggingface import loading
         from kani_nb.engines.huggingface.generation import Generation
 
-        loaded, cache = self._loaded, self._cache
-        if loaded is None or cache is None or self._memory is None:
-            raise GenerationError(f"{self.model_id} was unloaded while the request waited", fix="%load_engine it again")
-        self._running = stop
+        has_ended = threading.Event()
+        self._running = (stop, has_ended)
+        cache = self._cache
         try:
+            loaded, cache, memory = self._parts()
             if loaded.threads is not None:
                 import torch
 
                 torch.set_num_threads(loaded.threads)  # a thread's own setting
             ids = self.prompt_ids(messages, functions)
-            Generation(loaded, ids, params, cache, self._memory, stop).run(emit, queued_s)
+            Generation(loaded, ids, params, cache, memory, stop).run(emit, queued_s)
         except KaniNbError:
             raise
         except Exception as error:
             _forget_frames(error)
-            if loading.is_out_of_memory(error):
+            if cache is not None and loading.is_out_of_memory(error):
                 cache.clear()
                 raise loading.out_of_memory(f"{self.model_id} was answering") from None
             raise GenerationError(f"{self.model_id} failed while answering", why=loading.short(error)) from error
         finally:
             self._running = None
-
-
-def _full_context_bytes(loaded: LoadedModel) -> int:
-    """Bytes of the KV states of one full context, from the model's configuration."""
-    config = loaded.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // max(1, config.num_attention_heads)
-    size = next(iter(loaded.model.parameters())).element_size()
-    return int(2 * config.num_hidden_layers * heads * width * max(2, size) * loaded.context_tokens)
+            has_ended.set()
 
 
 def _forget_frames(error: BaseException) -> None:
     """Let go of the tensors that a traceback's frames still hold; the lines stay."""
     if error.__traceback__ is not None and sys.exc_info()[1] is not None:
         traceback.clear_frames(error.__traceback__)
-    if error.__cause__ is not None:
-        _forget_frames(error.__cause__)
+    for earlier in (error.__cause__, error.__context__):
+        if earlier is not None:
+            _forget_frames(earlier)
 
 
 def _ignore(progress: LoadProgress) -> None:

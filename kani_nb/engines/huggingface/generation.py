@@ -15,6 +15,7 @@ from typing import Any
 
 from kani_nb.config import GenerationParams
 from kani_nb.engines.base import Completion, FinishReason, PrefillProgress, StreamEvent, TextDelta
+from kani_nb.engines.huggingface.driving import CacheMode, Driving, forward
 from kani_nb.engines.huggingface.prefix_cache import CacheEntry, PrefixCache
 from kani_nb.engines.huggingface.prompting import AnswerMemory
 from kani_nb.engines.huggingface.sampling import Sampler
@@ -35,6 +36,7 @@ class LoadedModel:
         context_tokens: tokens of prompt and answer that the model can hold.
         chunk_tokens: tokens of a prompt that are computed in one forward pass.
         device: where the input ids go, for example `cpu` or `cuda:0`.
+        driving: how the model's forward is called.
     """
 
     model: Any
@@ -48,7 +50,7 @@ class LoadedModel:
     weight_bytes: int
     origin: str
     threads: int | None
-    keeps_few_logits: bool
+    driving: Driving
 
 
 class Generation:
@@ -87,6 +89,7 @@ class Generation:
         self._cache = cache
         self._memory = memory
         self._stop = stop
+        self._seen: Any = None
         self._eos_ids = params.eos_token_id or loaded.eos_ids
         self._sampler = Sampler(params, loaded.model.generation_config, self._eos_ids, loaded.device)
 
@@ -94,7 +97,12 @@ class Generation:
         """Emit progress, text and at last the completion."""
         import torch
 
-        entry = self._cache.take(self._ids, self._prompt_tokens + self._limit)
+        driving = self._loaded.driving
+        is_long = driving.is_beyond(self._prompt_tokens)
+        if driving.mode is CacheMode.REUSE:
+            entry = self._cache.take(self._ids, self._prompt_tokens + self._limit, is_long=is_long)
+        else:
+            entry = self._cache.empty(is_long=is_long)
         cached = len(entry.ids)
         try:
             with torch.inference_mode():
@@ -104,10 +112,12 @@ class Generation:
         except BaseException:
             self._cache.drop(entry)
             raise
-        self._cache.give_back(entry)
+        if driving.mode is CacheMode.REUSE:
+            self._cache.give_back(entry)
         generated = len(self._ids) - self._prompt_tokens
         if generated:
-            self._memory.remember(self._ids)
+            with self._loaded.tokenizer_lock:
+                self._memory.remember(self._ids)
         emit(
             Completion(
                 ChatMessage.assistant(text),
@@ -115,35 +125,39 @@ class Generation:
                 generated,
                 cached_tokens=cached,
                 finish_reason=reason,
+                seed=self._sampler.seed,
             )
         )
 
     def _forward(self, entry: CacheEntry, tokens: Sequence[int]) -> Any:
         """The logits `(1, V)` after `tokens`, whose states `entry` then holds."""
-        import torch
-
-        options = {"logits_to_keep": 1} if self._loaded.keeps_few_logits else {}
-        output = self._loaded.model(
-            input_ids=torch.tensor([tokens], device=self._loaded.device),
-            past_key_values=entry.cache,
-            use_cache=True,
-            **options,
-        )
+        loaded, start = self._loaded, len(entry.ids)
         entry.ids.extend(tokens)
-        return output.logits[:, -1, :]
+        if loaded.driving.mode is CacheMode.NONE:
+            return forward(loaded.model, loaded.driving, None, entry.ids, 0, loaded.device)
+        return forward(loaded.model, loaded.driving, entry.cache, tokens, start, loaded.device)
 
     def _prefill(self, entry: CacheEntry, emit: Emit, cached: int) -> Any:
         """The logits after the prompt, or None if the answer is no longer wanted."""
         logits = None
+        in_one_piece = self._loaded.driving.mode is not CacheMode.REUSE or entry.is_long
+        chunk = self._prompt_tokens if in_one_piece else self._loaded.chunk_tokens
         while (start := len(entry.ids)) < self._prompt_tokens:
             if self._stop.is_set():
                 return None
-            end = min(start + self._loaded.chunk_tokens, self._prompt_tokens)
+            end = min(start + chunk, self._prompt_tokens)
             logits = self._forward(entry, self._ids[start:end])
             entry.chunks.append((start, end))
             if end < self._prompt_tokens:
                 emit(PrefillProgress(end, self._prompt_tokens, cached))
         return logits
+
+    def _step(self, entry: CacheEntry) -> Any:
+        """The logits after the newest token."""
+        if not entry.is_long and self._loaded.driving.is_beyond(len(self._ids)):
+            entry.restart(self._cache.empty().cache, is_long=True)
+            entry.chunks.append((0, len(self._ids)))
+        return self._forward(entry, self._ids[len(entry.ids) :])
 
     def _decode(self, entry: CacheEntry, logits: Any, emit: Emit) -> tuple[str, FinishReason]:
         detokenizer = Detokenizer(self._loaded.tokenizer, self._ids, self._loaded.tokenizer_lock)
@@ -170,7 +184,7 @@ class Generation:
                 reason = FinishReason.STOP
                 break
             if number + 1 < self._limit:
-                logits = self._forward(entry, [token])
+                logits = self._step(entry)
         if not stops.is_found:
             say(stops.push(detokenizer.finish()) + stops.finish())
         return "".join(said), reason
@@ -181,4 +195,11 @@ class Generation:
             return None
         import torch
 
-        return torch.tensor([self._ids], device=self._loaded.device)
+        if self._seen is None:
+            self._seen = torch.zeros(
+                (1, self._prompt_tokens + self._limit), dtype=torch.long, device=self._loaded.device
+            )
+            self._seen[0, : len(self._ids)] = torch.tensor(self._ids)
+        else:
+            self._seen[0, len(self._ids) - 1] = self._ids[-1]
+        return self._seen[:, : len(self._ids)]

@@ -94,6 +94,14 @@ def _seen(layer: Any) -> int:
     return seen
 
 
+def is_plain(cache: Any) -> bool:
+    """Whether every layer is an attention layer, full or with a sliding window."""
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    growing = _growing_layer_class()
+    return bool(cache.layers) and all(type(layer) in (growing, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
 def can_go_back(cache: Any) -> bool:
     """Whether the cache can be cropped or copied to any shorter length.
 
@@ -147,6 +155,24 @@ def nbytes(cache: Any) -> int:
         else:
             total += sum(_tensor_bytes(value) for value in vars(layer).values())
     return total
+
+
+def full_context_bytes(model: Any, context_tokens: int) -> int:
+    """Bytes of the states of one full context; a window's layers hold no more than the window."""
+    config = model.config.get_text_config()
+
+    def largest(value: Any) -> int:  # some architectures have a number for each layer
+        return max(value) if isinstance(value, list | tuple) else int(value or 0)
+
+    attention_heads = largest(getattr(config, "num_attention_heads", 1)) or 1
+    heads = largest(getattr(config, "num_key_value_heads", None)) or attention_heads
+    width = largest(getattr(config, "head_dim", None)) or largest(config.hidden_size) // attention_heads
+    size: int = next(iter(model.parameters())).element_size()
+    tokens = 0
+    for layer in new_cache(model.config).layers or [None] * config.num_hidden_layers:
+        window = getattr(layer, "sliding_window", None)
+        tokens += min(context_tokens, window) if window else context_tokens
+    return 2 * heads * width * max(2, size) * tokens
 
 
 def bytes_per_token(cache: Any) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import inspect
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,6 +26,10 @@ from kani_nb.errors import (
     ModelUnavailableError,
     OutOfMemoryError,
 )
+
+#: transformers changes attributes of its own classes while it loads, and puts them back: two loads at once, and every
+#: model that is loaded later may be wrong. So a process loads one at a time, an abandoned load included.
+_ONE_AT_A_TIME = threading.RLock()
 
 #: What a CPU thread and a GPU do in a prefill, in FLOP/s, low on purpose: it only sets how often a Stop is looked at.
 _ASSUMED_FLOPS = {"cpu": 100e9, "gpu": 20e12}
@@ -54,18 +57,38 @@ class LoadRequest:
     model_load_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+@contextlib.contextmanager
+def one_at_a_time(name: str, cancelled: threading.Event | None = None) -> Iterator[None]:
+    """Wait until no other thread of this process loads a model, and keep others waiting meanwhile.
+
+    Raises:
+        ModelUnavailableError: `cancelled` was set while it waited.
+    """
+    while not _ONE_AT_A_TIME.acquire(timeout=0.1):
+        if cancelled is not None and cancelled.is_set():
+            raise _interrupted(name)
+    try:
+        yield
+    finally:
+        _ONE_AT_A_TIME.release()
+
+
+def _interrupted(name: str) -> ModelUnavailableError:
+    return ModelUnavailableError(f"loading {name} was interrupted", fix=f"%load_engine {name}")
+
+
 def load_tokenizer(request: LoadRequest) -> Any:
     """The model's tokenizer.
 
     Raises:
         ModelFilesError: its files are missing or broken.
     """
-    from transformers import AutoTokenizer
-
     options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code, **request.tokenizer_kwargs}
     if request.gguf_file is not None:
         options["gguf_file"] = request.gguf_file
-    with _translated(request), _quiet():
+    with one_at_a_time(request.name), _translated(request), _quiet():
+        from transformers import AutoTokenizer
+
         return (request.tokenizer_cls or AutoTokenizer).from_pretrained(str(request.folder), **options)
 
 
@@ -75,12 +98,12 @@ def load_config(request: LoadRequest) -> Any:
     Raises:
         ModelFilesError: it is missing, broken, or of an architecture that this transformers does not know.
     """
-    from transformers import AutoConfig
-
     options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code}
     if request.gguf_file is not None:
         options["gguf_file"] = request.gguf_file
-    with _translated(request), _quiet():
+    with one_at_a_time(request.name), _translated(request), _quiet():
+        from transformers import AutoConfig
+
         return AutoConfig.from_pretrained(str(request.folder), **options)
 
 
@@ -115,9 +138,21 @@ def load_model(
         ModelFilesError, ModelUnavailableError, OutOfMemoryError, MissingDependencyError, ConfigError: as their names
         say.
     """
+    with one_at_a_time(request.name, cancelled):
+        return _load_alone(request, tokenizer, tokenizer_lock, progress, cancelled)
+
+
+def _load_alone(
+    request: LoadRequest,
+    tokenizer: Any,
+    tokenizer_lock: contextlib.AbstractContextManager[Any],
+    progress: ProgressCallback,
+    cancelled: threading.Event,
+) -> LoadedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from kani_nb.engines.huggingface.driving import find_driving
     from kani_nb.hardware.devices import best_device, choose_threads
 
     config = load_config(request)
@@ -131,12 +166,14 @@ def load_model(
     progress(LoadProgress("weights", f"{request.name} to {request.device_map or device}"))
     model_cls = request.model_cls or AutoModelForCausalLM
     with _translated(request), _quiet():
-        model = model_cls.from_pretrained(str(request.folder), **options)
+        model, report = model_cls.from_pretrained(str(request.folder), output_loading_info=True, **options)
+        _check_complete(request, report)
         if request.device_map is None and "device_map" not in options and str(model.device) != device:
             model = model.to(device)
         model.eval()
-    if cancelled.is_set():
-        raise ModelUnavailableError(f"loading {request.name} was interrupted", fix="%load_engine it again")
+        if cancelled.is_set():
+            raise _interrupted(request.name)
+        driving = find_driving(model, str(model.device))
     parameters = sum(each.numel() for each in model.parameters())
     return LoadedModel(
         model=model,
@@ -150,7 +187,21 @@ def load_model(
         weight_bytes=_storage_bytes(model),
         origin=request.origin,
         threads=threads,
-        keeps_few_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
+        driving=driving,
+    )
+
+
+def _check_complete(request: LoadRequest, report: dict[str, Any]) -> None:
+    """Refuse a model some of whose weights would be random numbers."""
+    missing = sorted(report.get("missing_keys") or ())
+    wrong = sorted(str(each[0] if isinstance(each, tuple) else each) for each in report.get("mismatched_keys") or ())
+    if not missing and not wrong:
+        return
+    names = (missing + wrong)[:3]
+    raise ModelFilesError(
+        f"{len(missing) + len(wrong)} weights of {request.name} are missing or of the wrong shape in {request.folder}",
+        why=f"for example {', '.join(names)}; they would be random numbers",
+        fix="download the model again, or check that the files belong to this configuration",
     )
 
 
@@ -167,7 +218,21 @@ def chunk_size(parameters: int, *, is_gpu: bool) -> int:
 
 
 def _is_cpu(device: str, device_map: Any) -> bool:
+    if isinstance(device_map, dict):
+        return all(str(place) == "cpu" for place in device_map.values())
     return str(device_map if isinstance(device_map, str) else device).startswith("cpu")
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that is not there, before anything is loaded.
+
+    Raises:
+        ConfigError: torch does not see it.
+    """
+    if device is not None:
+        from kani_nb.hardware.devices import free_bytes
+
+        free_bytes(device)
 
 
 def _load_options(request: LoadRequest, config: Any, device: str) -> dict[str, Any]:

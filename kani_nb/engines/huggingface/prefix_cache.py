@@ -29,11 +29,13 @@ class CacheEntry:
     Attributes:
         ids: tokens whose states the cache holds, in order.
         chunks: `(start, end)` of each piece of prompt that was computed in one forward pass.
+        is_long: computed with the rotary factors of long sequences, which fit no short one.
     """
 
     cache: Any
     ids: list[int] = field(default_factory=list)
     chunks: list[tuple[int, int]] = field(default_factory=list)
+    is_long: bool = False
 
     def reusable(self, ids: Sequence[int]) -> int:
         """Tokens of `ids` that need not be computed again: 0 where this entry is of no use."""
@@ -56,9 +58,15 @@ class CacheEntry:
 
     def fork(self, length: int) -> CacheEntry:
         """A new entry with a copy of the first `length` tokens."""
-        twin = CacheEntry(kv_layers.fork(self.cache, length), self.ids[:length], list(self.chunks))
+        twin = CacheEntry(kv_layers.fork(self.cache, length), self.ids[:length], list(self.chunks), self.is_long)
         twin._cut_chunks(length)
         return twin
+
+    def restart(self, cache: Any, *, is_long: bool) -> None:
+        """Begin again with an empty cache."""
+        self.cache, self.is_long = cache, is_long
+        self.ids.clear()
+        self.chunks.clear()
 
     def _cut_chunks(self, length: int) -> None:
         self.chunks = [(start, min(end, length)) for start, end in self.chunks if start < length]
@@ -106,19 +114,24 @@ class PrefixCache:
         """Bytes of all entries, the one in use included."""
         return sum(entry.nbytes for entry in list(self._entries))
 
-    def take(self, ids: Sequence[int], growth_tokens: int) -> CacheEntry:
+    def empty(self, *, is_long: bool = False) -> CacheEntry:
+        """An entry without states, which is not kept unless it is given back."""
+        return CacheEntry(kv_layers.new_cache(self._config), is_long=is_long)
+
+    def take(self, ids: Sequence[int], growth_tokens: int, *, is_long: bool = False) -> CacheEntry:
         """An entry that holds states of a proper prefix of `ids` and nothing else, for the caller to go on with.
 
         Args:
             ids: the prompt's tokens.
             growth_tokens: how many the prompt and the answer will have together, at most; room is made for them.
+            is_long: the prompt is computed with the rotary factors of long sequences.
         """
         best, length = None, 0
         for entry in reversed(self._entries):
-            if (saved := entry.reusable(ids)) > length:
+            if entry.is_long is is_long and (saved := entry.reusable(ids)) > length:
                 best, length = entry, saved
         if best is None or length < _LEAST_REUSED_TOKENS:
-            taken = CacheEntry(kv_layers.new_cache(self._config))
+            taken = self.empty(is_long=is_long)
             self._make_room(growth_tokens, keep=None)
         elif length == len(best.ids):
             taken = best

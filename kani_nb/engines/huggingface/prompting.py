@@ -10,12 +10,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from json import JSONDecodeError
 from typing import Any
 
 from kani_nb.errors import PromptError
 from kani_nb.messages import ChatMessage, ChatRole, MediaPart
 
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _TEMPLATE_ROLES = {ChatRole.FUNCTION: "tool"}
 
 
@@ -31,7 +33,10 @@ def template_records(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
             if isinstance(part, MediaPart):
                 raise PromptError(f"this model reads only text, and the message holds {part.mime}", fix="remove it")
         record: dict[str, Any] = {"role": _TEMPLATE_ROLES.get(message.role, message.role.value)}
-        record["content"] = message.text if message.role is ChatRole.ASSISTANT else check_text(message.text)
+        if message.role is ChatRole.ASSISTANT:  # what a model says may be anything
+            record["content"] = message.text.encode("utf-8", "replace").decode("utf-8")
+        else:
+            record["content"] = check_text(message.text)
         if message.tool_calls:
             calls = [(call.id, call.function) for call in message.tool_calls]
             record["tool_calls"] = [
@@ -85,7 +90,10 @@ class ChatTemplate:
         """
         from jinja2 import TemplateError
 
-        records = template_records(messages)
+        try:
+            records = template_records(messages)
+        except JSONDecodeError as error:
+            raise PromptError("a tool call's arguments are not JSON", why=str(error), fix="%chat undo") from None
         if not records:
             raise PromptError("there is no message to answer")
         if getattr(self._tokenizer, "chat_template", None) is None:
@@ -137,6 +145,34 @@ def _way_out(complaint: str, records: list[dict[str, Any]]) -> str:
     if "alternat" in complaint.lower() or "role" in complaint.lower():
         return "%chat undo, or %chat new: this model wants user and assistant in turns"
     return "%chat history shows the messages; %chat new starts afresh"
+
+
+def call_build_prompt(build: Callable[..., Any], messages: Sequence[ChatMessage], tools: Sequence[Any] | None) -> Any:
+    """What `build_prompt` of an engine gives; those of the 0.x style may take no functions."""
+    takes_functions = len(inspect.signature(build).parameters) > 1
+    return build(messages, tools) if takes_functions else build(messages)
+
+
+def ids_of(prompt: Any, tokenizer: Any) -> list[int]:
+    """The token ids of what `build_prompt` gave: text, ids, a batch of one, a tensor, or a tokenizer's output.
+
+    Text that does not begin with the tokenizer's beginning-of-sequence token gets its usual special tokens.
+
+    Raises:
+        PromptError: there is not a single token.
+    """
+    if isinstance(prompt, str):
+        has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        prompt = tokenizer(prompt, add_special_tokens=not has_bos)
+    if isinstance(prompt, Mapping):
+        prompt = prompt["input_ids"]
+    if hasattr(prompt, "flatten"):
+        prompt = prompt.flatten().tolist()
+    if prompt and isinstance(prompt[0], list | tuple):
+        prompt = [token for row in prompt for token in row]
+    if not prompt:
+        raise PromptError("the prompt has no tokens", why="the template rendered nothing", fix="%chat history")
+    return [int(token) for token in prompt]
 
 
 class AnswerMemory:
@@ -207,4 +243,5 @@ class AnswerMemory:
 
     def _piece(self, token_id: int) -> str:
         piece: str = self._tokenizer.convert_ids_to_tokens(token_id)
-        return piece
+        # A byte's name must not be taken for the text that is spelled like it.
+        return f"\0{token_id}" if _BYTE.fullmatch(piece) else piece

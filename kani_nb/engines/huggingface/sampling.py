@@ -13,6 +13,8 @@ from typing import Any
 
 from kani_nb.config import GenerationParams
 
+#: What transformers samples among where neither the request nor the model says.
+_TOP_K = 50
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
@@ -39,20 +41,17 @@ class Sampler:
             do_sample = asks_to_sample or bool(getattr(defaults, "do_sample", False))
         self.is_greedy = not do_sample or chosen("temperature") == 0
         self.seed: int | None = None
+        #: Whether `choose` must be given the ids so far.
+        self.needs_ids = False
         self._generator: Any = None
-        self._processors = self._build(chosen)
+        self._processors = self._build(chosen, defaults)
         if not self.is_greedy:
             self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(4))
             self._generator = torch.Generator(device=device).manual_seed(self.seed)
         self._min_new_tokens = chosen("min_new_tokens") or 0
         self._eos_ids = list(eos_ids)
 
-    @property
-    def needs_ids(self) -> bool:
-        """Whether `choose` must be given the ids so far."""
-        return bool(self._processors)
-
-    def _build(self, chosen: Any) -> list[Any]:
+    def _build(self, chosen: Any, defaults: Any) -> list[Any]:
         from transformers.generation import logits_process as lp
 
         processors: list[Any] = []
@@ -60,12 +59,18 @@ class Sampler:
             processors.append(lp.RepetitionPenaltyLogitsProcessor(penalty=float(penalty)))
         if size := chosen("no_repeat_ngram_size"):
             processors.append(lp.NoRepeatNGramLogitsProcessor(size))
+        self.needs_ids = bool(processors)
+        if suppressed := getattr(defaults, "suppress_tokens", None):
+            processors.append(lp.SuppressTokensLogitsProcessor(suppressed))
         if self.is_greedy:
             return processors
         temperature = chosen("temperature")
         if temperature not in (None, 1, 1.0):
             processors.append(lp.TemperatureLogitsWarper(float(temperature)))
-        if top_k := chosen("top_k"):
+        top_k = chosen("top_k")
+        if top_k is None:
+            top_k = _TOP_K
+        if top_k:
             processors.append(lp.TopKLogitsWarper(top_k=top_k))
         if (top_p := chosen("top_p")) is not None and top_p < 1:
             processors.append(lp.TopPLogitsWarper(top_p=float(top_p)))
