@@ -119,7 +119,6 @@ class EchoEngine(BaseEngine):
                 ChatMessage.assistant("".join(said)),
                 prompt_tokens,
                 len(said),
-                cached_tokens=0,
                 finish_reason=FinishReason.LENGTH if len(words) > limit else FinishReason.STOP,
             )
         finally:

@@ -18,6 +18,7 @@ from kani_nb.engines.base import ProgressCallback
 from kani_nb.engines.hub import cached_models, cached_snapshot, fetch_repo, find_token
 from kani_nb.engines.hub_download import repo_folder
 from kani_nb.engines.hub_http import is_offline
+from kani_nb.engines.registry import engine_names
 from kani_nb.engines.sources_aliases import ALIASES, Alias, find_alias, shipped_config
 from kani_nb.engines.sources_cache import Fetch
 from kani_nb.engines.sources_checks import check_weights, has_tokenizer
@@ -176,8 +177,9 @@ def _unknown(name: str) -> UnknownModelError:
 
 def _near(name: str) -> str:
     """The known models that `name` may have meant, as a sentence, or an empty string."""
+    engines = [each for each in engine_names() if each != "hf"]  # that one is nothing to load by itself
     known = dict.fromkeys(
-        [*ALIASES, *(each.repo for each in ALIASES.values()), *(each.name for each in cached_models())]
+        [*ALIASES, *engines, *(each.repo for each in ALIASES.values()), *(each.name for each in cached_models())]
     )
     known.pop(name, None)
     bare = list({each.rpartition("/")[2] for each in known})  # a name is often typed without its owner
@@ -225,6 +227,8 @@ def _otherwise(repo: str, fix: str) -> str:
     packaged = next((each for each in ALIASES.values() if each.wheel is not None and each.repo == repo), None)
     if packaged is not None:
         return f"{fix}; the alias {packaged.name} can come from the package index, too"
+    if any(each.repo == repo for each in ALIASES.values()):
+        return f"{fix}; %load_engine smollm2 is a small model that comes from the package index"
     near = _near(repo)
     return f"{fix}; {near}" if near else fix
 

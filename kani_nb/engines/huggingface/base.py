@@ -257,7 +257,9 @@ class HuggingEngine(BaseEngine):
 
         request = self._need_request(report, cancelled)
         try:
-            return loading.load_model(request, self._need_tokenizer(), self._tokenizer_lock, report, cancelled)
+            tokenizer = self._need_tokenizer()
+            with loading.one_at_a_time(request.name, cancelled):
+                return loading.load_model(request, tokenizer, self._tokenizer_lock, report, cancelled)
         except KaniNbError as error:
             _forget_frames(error)
             loading.free_memory()

@@ -132,23 +132,12 @@ def load_model(
     progress: ProgressCallback,
     cancelled: threading.Event,
 ) -> LoadedModel:
-    """The model, in place and ready.
+    """The model, in place and ready. Called within `one_at_a_time`.
 
     Raises:
         ModelFilesError, ModelUnavailableError, OutOfMemoryError, MissingDependencyError, ConfigError: as their names
         say.
     """
-    with one_at_a_time(request.name, cancelled):
-        return _load_alone(request, tokenizer, tokenizer_lock, progress, cancelled)
-
-
-def _load_alone(
-    request: LoadRequest,
-    tokenizer: Any,
-    tokenizer_lock: contextlib.AbstractContextManager[Any],
-    progress: ProgressCallback,
-    cancelled: threading.Event,
-) -> LoadedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
