@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
 
+from kani_nb._arguments import in_plain_words
 from kani_nb.errors import ConfigError, did_you_mean
 
 #: New tokens per answer unless asked otherwise: visible in every stat line, and never the whole window.
@@ -317,7 +318,7 @@ class LineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
-        raise ConfigError(message, fix=f"{self.prog} --help")
+        raise ConfigError(in_plain_words(message), fix=f"{self.prog} --help")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Raise instead of exiting."""

@@ -6,12 +6,14 @@ front end is told by the caller, since this module knows no notebook.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from kani_nb.errors import KaniNbError
@@ -200,12 +202,25 @@ def _conversations() -> Iterator[Finding]:
 
     path = default_store_path()
     if not path.exists():
-        yield Finding("conversations", f"{path}, made with the first answer")
+        obstacle = _obstacle(path.parent)
+        fix = "set KANI_NB_HOME to a folder that you can write to, before the kernel starts" if obstacle else ""
+        yield Finding("conversations", str(path) if obstacle else f"{path}, made with the first answer", obstacle, fix)
         return
     try:
         with ConversationStore(path) as store:
             count = len(store.conversations())
+            store.check_writable()
     except KaniNbError as error:
         yield Finding("conversations", str(path), f"{error.what}: {error.why}" if error.why else error.what, error.fix)
         return
     yield Finding("conversations", f"{path}, {count} kept")
+
+
+def _obstacle(folder: Path) -> str:
+    """Why the conversations' file cannot be made in `folder`; empty where it can."""
+    nearest = next(each for each in (folder, *folder.parents) if each.exists())
+    if not nearest.is_dir():
+        return f"conversations cannot be kept: {nearest} is not a folder"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"conversations cannot be kept: {nearest} is read-only"
+    return ""

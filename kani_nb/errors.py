@@ -110,12 +110,14 @@ class StoreError(ConversationError):
 
 
 def near_misses(name: str, known: list[str], *, limit: int = 3) -> list[str]:
-    """The names in `known` that `name` was probably meant to be, best first."""
+    """The names in `known` that `name` was probably meant to be, best first; never `help`."""
     import difflib
 
-    lowered = {each.lower(): each for each in known}
-    found = difflib.get_close_matches(name.lower(), lowered, n=limit, cutoff=0.6)
-    starts = [each for each in lowered if name and each.startswith(name.lower()) and each not in found]
+    # The dashes that all options share would make any two short ones alike.
+    lowered = {each.lower().lstrip("-"): each for each in known if each.lstrip("-") != "help"}
+    meant = name.lower().lstrip("-")
+    found = difflib.get_close_matches(meant, lowered, n=limit, cutoff=0.7)
+    starts = [each for each in lowered if len(meant) > 1 and each.startswith(meant) and each not in found]
     return [lowered[each] for each in (*found, *starts)][:limit]
 
 

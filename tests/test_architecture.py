@@ -12,7 +12,7 @@ import kani_nb
 PACKAGE = Path(kani_nb.__file__).parent
 #: A module may import from its own row and from those above it.
 ROWS = [
-    {"errors", "messages", "config", "_loop", "_interrupts", "_waiting"},
+    {"errors", "messages", "config", "_loop", "_interrupts", "_waiting", "_secrets", "_arguments"},
     {"functions", "hardware", "metrics"},
     {"engines"},
     {"conversation", "figures"},

@@ -8,9 +8,9 @@ whole or not at all. How Markdown looks is `markdown_format`.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -68,6 +68,11 @@ def write(conversation: Conversation, path: str | os.PathLike[str], format: str 
     try:
         _write_whole(target, data)
     except OSError as error:
+        if not target.parent.is_dir():
+            fix = f"make it first (!mkdir -p {shlex.quote(str(target.parent))}), or choose another folder"
+            raise ConversationError(
+                f"cannot write {target}", why=f"there is no folder {target.parent}", fix=fix
+            ) from error
         raise ConversationError(f"cannot write {target}", why=str(error.strerror or error)) from error
     return target
 
@@ -87,7 +92,9 @@ def read(path: str | os.PathLike[str], format: str | None = None) -> Conversatio
     try:
         text = source.read_bytes().decode("utf-8", "surrogatepass")
     except FileNotFoundError:
-        raise ConversationError(f"there is no file {source}") from None
+        raise ConversationError(
+            f"there is no file {source}", why=f"the current folder is {Path.cwd()}", fix="%chat list shows what is kept"
+        ) from None
     except OSError as error:
         raise ConversationError(f"cannot read {source}", why=str(error.strerror or error)) from error
     except UnicodeDecodeError:
@@ -97,8 +104,12 @@ def read(path: str | os.PathLike[str], format: str | None = None) -> Conversatio
         return (chosen or _sniffed(text)).parse(text, source.stem)
     except json.JSONDecodeError as error:
         raise _not_one(source, f"it is not valid JSON ({error.msg}, line {error.lineno})") from error
-    except (KeyError, TypeError, AttributeError, ValueError, binascii.Error) as error:
-        raise _not_one(source, f"something in it has another form ({type(error).__name__}: {error})") from error
+    except KeyError as error:
+        raise _not_one(source, f"a part of it has no {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise _not_one(source, "its parts are not those of messages") from error
+    except ValueError as error:  # also of base64
+        raise _not_one(source, str(error)) from error
     except ConfigError as error:
         raise _not_one(source, str(error)) from error
 
@@ -320,7 +331,11 @@ def _format_of(path: Path, name: str | None) -> Format:
             if path.suffix.lower() in each.suffixes:
                 return each
         suffixes = ", ".join(suffix for each in FORMATS for suffix in each.suffixes)
-        raise ConversationError(f"the suffix of {path.name!r} names no format", why=f"known are {suffixes}")
+        raise ConversationError(
+            f"the suffix of {path.name!r} names no format",
+            why=f"known are {suffixes}",
+            fix="add --format json, openai, sharegpt or markdown",
+        )
     known = {each.name: each for each in FORMATS} | {"md": FORMATS[-1]}
     if name.lower() not in known:
         hint = did_you_mean(name, list(known)) or f"known are {', '.join(known)}"

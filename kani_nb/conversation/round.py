@@ -13,6 +13,7 @@ import traceback
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kani_nb.conversation.fitting import fit_to_context
@@ -34,6 +35,8 @@ from kani_nb.metrics.recorder import GenerationMetrics
 
 #: How long an engine may take to end after a stop before it is left alone.
 CLOSE_LIMIT_S = 0.3
+
+_PACKAGE = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +283,8 @@ class Round:
         if prompt_tokens is None:
             prompt_tokens = prefill.total_tokens if prefill else self._prompt_tokens
         cached_tokens = completion.cached_tokens if completion else None
-        if cached_tokens is None and prefill:
+        # An engine that holds no memory has no cache either, and nothing to say of it.
+        if cached_tokens is None and prefill and self._memory is not None:
             cached_tokens = prefill.cached_tokens
         generated = completion.completion_tokens if completion else self._counted
         # A stopped answer is counted up to its latest piece.
@@ -329,10 +333,18 @@ def _as_kani_error(error: BaseException, engine: BaseEngine) -> BaseException:
             fix="ask for a shorter answer (--max-new-tokens), or load with a smaller --max-context-size",
         )
     failure = GenerationError(
-        f"{type(engine).__name__} failed while it generated", why=f"{type(error).__name__}: {reason}"
+        f"{type(engine).__name__} failed while it generated",
+        why=f"{type(error).__name__}: {reason}{_where(error)}",
     )
     failure.__cause__ = error
     return failure
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line outside this package that `error` went through: there the person can look."""
+    lines = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)]
+    outside = [(name, number) for name, number in lines if not Path(name).is_relative_to(_PACKAGE)]
+    return f" ({Path(outside[-1][0]).name}:{outside[-1][1]})" if outside else ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

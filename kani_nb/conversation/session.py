@@ -19,7 +19,7 @@ from kani_nb.conversation.journal import Journal
 from kani_nb.conversation.reply import ChatReply, Notice, Prompt, SessionEvent, user_message
 from kani_nb.conversation.round import Round, RoundRequest
 from kani_nb.conversation.store import ConversationStore
-from kani_nb.conversation.tree import CellRef, Conversation, Turn, new_id
+from kani_nb.conversation.tree import CellRef, Conversation, Turn, new_id, replacement_notices
 from kani_nb.engines.base import BaseEngine
 from kani_nb.errors import ConversationBusyError, ConversationError, StoreError
 from kani_nb.messages import ChatMessage
@@ -97,6 +97,12 @@ class ChatSession:
     def is_busy(self) -> bool:
         """Whether a round is running."""
         return self._is_busy
+
+    @property
+    def answering_engine(self) -> BaseEngine | None:
+        """The engine that a running round uses; None when none is running."""
+        running = self._round
+        return running.request.engine if running is not None else None
 
     # Rounds.
 
@@ -342,12 +348,15 @@ class ChatSession:
         notices: list[str] = list(running.notices)
         if running.has_begun:
             self._conversation = conversation.with_turn(turn)
+            notices += replacement_notices(conversation, self._conversation)
             await journal.end()
-            notices += await self._save(turn)
+            unsaved = await self._save(turn)
+            notices += unsaved or journal.problems  # both have the same reason
             notices += self._record(metrics)
         else:
             await journal.discard()
-        return ChatReply(running.message.text, running.message, metrics, turn, number, (*notices, *journal.problems))
+            notices += journal.problems
+        return ChatReply(running.message.text, running.message, metrics, turn, number, tuple(notices))
 
     async def _save(self, turn: Turn) -> list[str]:
         """Write the turn; where that fails it stays in memory, and the notice says why."""

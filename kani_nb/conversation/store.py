@@ -230,6 +230,11 @@ class ConversationStore:
                 connection.execute("DELETE FROM journal WHERE turn_id = ?", (turn_id,))
         return recovered
 
+    def check_writable(self) -> None:
+        """Raise if nothing can be written now; nothing is."""
+        with self._transaction():
+            pass
+
     def close(self) -> None:
         """Close the file. Safe to call twice; the next use opens it again."""
         with self._lock, translated_errors(self.path):

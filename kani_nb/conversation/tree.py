@@ -179,7 +179,11 @@ class Conversation:
         """
         leaves = self.branches()
         if not 1 <= number <= len(leaves):
-            raise ConversationError(f"there is no branch {number}", why=_count(len(leaves), "branch", "branches"))
+            raise ConversationError(
+                f"there is no branch {number}",
+                why=f"this conversation has {_count(len(leaves), 'branch', 'branches')}",
+                fix="%chat branches",
+            )
         return leaves[number - 1]
 
     def turn_at(self, number: int | None = None) -> Turn:
@@ -193,7 +197,9 @@ class Conversation:
             return path[-1]
         if number is None or not 1 <= number <= len(path):
             what = "there is no turn yet" if number is None else f"there is no turn {number}"
-            raise ConversationError(what, why=f"this branch has {_count(len(path), 'turn', 'turns')}")
+            raise ConversationError(
+                what, why=f"this branch has {_count(len(path), 'turn', 'turns')}", fix="%chat history"
+            )
         return path[number - 1]
 
     def place(self, text: str, cell: CellRef, *, append: bool = False) -> str | None:
@@ -266,6 +272,16 @@ class Conversation:
         """This conversation under another name."""
         return replace(self, name=name)
 
+    def copied(self) -> Conversation:
+        """The same words as another conversation: it and its turns have new ids."""
+        ids = {turn_id: new_id() for turn_id in self.turns}
+        turns = [
+            replace(turn, id=ids[turn.id], parent_id=ids[turn.parent_id] if turn.parent_id is not None else None)
+            for turn in self.turns.values()
+        ]
+        head = ids[self.head] if self.head is not None else None
+        return replace(self, id=new_id(), turns={turn.id: turn for turn in turns}, head=head)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe record of everything, all branches included."""
         return {
@@ -299,6 +315,36 @@ class Conversation:
             float(record.get("created_at") or 0.0),
             float(record.get("updated_at") or 0.0),
         )
+
+
+def replacement_notices(before: Conversation, after: Conversation) -> list[str]:
+    """What the person should know of turns that `before` had on its branch, and that the new head of `after` left out.
+
+    The turns that it replaced need no word; those behind them do.
+    """
+    old, new = before.path(), after.path()
+    kept = len(new) - 1
+    if kept >= len(old):
+        return []
+    first, added = old[kept], new[-1]
+    replaced = 1
+    if first.cell != added.cell and first.cell.cell_id is not None:  # all that the cell's last execution added
+        same = [turn.cell == first.cell for turn in old[kept:]]
+        replaced = same.index(False) if False in same else len(same)
+    notices = []
+    is_restart = kept == 0 and added.cell.cell_id is None and added.cell.execution_id is not None
+    if is_restart and first.cell != added.cell:
+        notices.append(
+            "this is the text of turn 1, and this front end does not say which cell asks: the conversation starts over "
+            "(%%chat --append adds a turn instead)"
+        )
+    if kept + replaced < len(old):
+        leaves = after.branches()
+        where = next(number for number, leaf in enumerate(leaves, 1) if old[-1] in after.path(leaf.id))
+        left, last = kept + replaced + 1, len(old)
+        turns = f"turn {last} is" if left == last else f"turns {left}-{last} are"
+        notices.append(f"{turns} on branch {where} now: %chat branches")
+    return notices
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -183,7 +183,8 @@ def _plotly(points: Points) -> dict[str, Any]:
     return {
         "data": memory + latency,
         "layout": _layout(points),
-        "config": {"displaylogo": False, "responsive": True},
+        # Not "responsive": JupyterLab resizes it itself, and both together make it 0 pixels high.
+        "config": {"displaylogo": False},
     }
 
 

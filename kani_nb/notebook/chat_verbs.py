@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from kani_nb.metrics.recorder import GenerationMetrics
 from kani_nb.notebook.interpolation import interpolate
 from kani_nb.notebook.shell import front_end
 from kani_nb.notebook.tables import one_line, print_text, text_table
-from kani_nb.notebook.verbs import Verb, VerbTable, required, whole_number
+from kani_nb.notebook.verbs import Verb, VerbTable, required, unquoted, whole_number
 
 if TYPE_CHECKING:
     from kani_nb.conversation.session import ChatReply, ChatSession, Prompt
@@ -35,12 +36,18 @@ def chat_verbs(shell: Any, answer: Answer) -> VerbTable:
             Verb("history", "the turns of this conversation", looks.history),
             Verb("show", "all of it, as it was answered", looks.show),
             Verb("undo [N]", "take back the last turns; they stay as a branch", changes.undo),
-            Verb("retry [K] [OPTIONS]", "another answer to turn K, or to the last one", changes.retry),
-            Verb("edit K TEXT", "ask TEXT in the place of turn K", changes.edit),
+            Verb(
+                "retry [K] [OPTIONS]",
+                "another answer to turn K, or to the last one",
+                changes.retry,
+                True,
+                details=_options,
+            ),
+            Verb("edit K [OPTIONS] TEXT", "ask TEXT in the place of turn K", changes.edit, True, details=_options),
             Verb("branches", "the ends of all branches", looks.branches),
             Verb("switch N", "go on with branch N", changes.switch),
             Verb("clear", "start over; what was said stays as a branch", changes.clear),
-            Verb("system [TEXT|--clear]", "show, set or remove the system prompt", changes.system),
+            Verb("system [TEXT|--clear]", "show, set or remove the system prompt", changes.system, takes_text=True),
             Verb("stop", "end the answers that are running", changes.stop),
             Verb("new [NAME]", "start another conversation", keeps.new),
             Verb("list [--all]", "the conversations of this notebook, or of all", keeps.list),
@@ -48,12 +55,27 @@ def chat_verbs(shell: Any, answer: Answer) -> VerbTable:
             Verb("resume [NAME]", "go on with the one from before the kernel was restarted", keeps.resume),
             Verb("rename NAME", "call this conversation NAME", keeps.rename),
             Verb("delete NAME", "delete a conversation for good", keeps.delete),
-            Verb("save FILE [--format F]", "write it to a file: json, openai, sharegpt or markdown", keeps.save),
-            Verb("load FILE [--format F]", "read one from a file", keeps.load),
+            Verb("save FILE [--format F] [--overwrite]", "write it to a file", keeps.save, True, details=_formats),
+            Verb("load FILE [--format F]", "read one from a file", keeps.load, True, details=_formats),
         ],
         examples=["%chat undo 2", "%chat retry --seed 7", "%chat system Answer in one word.", "%chat save talk.md"],
         hint="prompts go below %%chat, with two percent signs",
     )
+
+
+def _options() -> str:
+    return _generation_parser("").format_help().partition("\n\n")[2].rstrip()
+
+
+def _formats() -> str:
+    return "F is json, openai, sharegpt or markdown; without it the suffix of FILE says, or its content."
+
+
+def _generation_parser(prog: str) -> LineParser:
+    parser = LineParser(prog=prog, add_help=False)
+    for option in GENERATION_OPTIONS:
+        option.add_to(parser)
+    return parser
 
 
 class _Looks:
@@ -121,10 +143,8 @@ class _Changes:
         print_text(f"{_plural(undone, 'turn')} taken back; {_plural(len(session.turns), 'turn')} left.")
 
     def retry(self, rest: str) -> None:
-        parser = LineParser(prog="%chat retry", add_help=False)
+        parser = _generation_parser("%chat retry")
         parser.add_argument("number", nargs="?")
-        for option in GENERATION_OPTIONS:
-            option.add_to(parser)
         args = parser.parse_line(rest)
         number = whole_number(args.number or "", "%chat retry [K]")
         params = split_generation(vars(args))
@@ -134,16 +154,19 @@ class _Changes:
         self._answer(session, lambda: session.stream_retry(number, **params), _as_prompt(prompt.content))
 
     def edit(self, rest: str) -> None:
-        usage = "%chat edit K TEXT"
+        usage = "%chat edit K [OPTIONS] TEXT"
         first, _, text = required(rest, usage).partition(" ")
         number = whole_number(first, usage)
         assert number is not None
-        if not text.strip():
+        words, text = _leading_options(text.strip())
+        params = split_generation(vars(_generation_parser("%chat edit").parse_line(words)))
+        GenerationParams.from_kwargs(params)
+        if not text:
             raise PromptError("the new text is empty", fix=usage)
-        prompt = interpolate(text.strip(), self._shell.user_ns)
+        prompt = interpolate(text, self._shell.user_ns)
         session = self._ready()
         session.conversation.turn_at(number)
-        self._answer(session, lambda: session.stream_edit(number, prompt), prompt)
+        self._answer(session, lambda: session.stream_edit(number, prompt, **params), prompt)
 
     def switch(self, rest: str) -> None:
         usage = "%chat switch N"
@@ -181,7 +204,7 @@ class _Keeps:
         self._shell = shell
 
     def new(self, rest: str) -> None:
-        self._say_current(runtime().new_chat(rest or None))
+        self._say_current(runtime().new_chat(unquoted(rest) or None))
 
     def list(self, rest: str) -> None:
         if rest not in ("", "--all"):
@@ -210,10 +233,10 @@ class _Keeps:
         self._say_where()
 
     def open(self, rest: str) -> None:
-        self._say_current(runtime().open_chat(required(rest, "%chat open NAME")))
+        self._say_current(runtime().open_chat(unquoted(required(rest, "%chat open NAME"))))
 
     def resume(self, rest: str) -> None:
-        session = runtime().resume(rest or None)
+        session = runtime().resume(unquoted(rest) or None)
         self._say_current(session)
         if session.turns and session.turns[-1].interrupted:
             print_text("Its last answer was cut off; %chat retry asks again.")
@@ -221,7 +244,7 @@ class _Keeps:
 
     def rename(self, rest: str) -> None:
         rt = runtime()
-        name = required(rest, "%chat rename NAME")
+        name = unquoted(required(rest, "%chat rename NAME"))
         session = rt.chat
         if name == session.conversation.name:
             return
@@ -231,24 +254,31 @@ class _Keeps:
         self._say_current(session)
 
     def delete(self, rest: str) -> None:
-        name = required(rest, "%chat delete NAME")
+        name = unquoted(required(rest, "%chat delete NAME"))
         runtime().delete_chat(name)
         print_text(f"{name} is deleted.")
 
     def save(self, rest: str) -> None:
         from kani_nb.conversation.formats import write
 
-        path, format_name = _file_arguments("%chat save", rest)
-        print_text(f"Saved to {write(runtime().chat.conversation, path, format_name)}.")
+        parser = _file_parser("%chat save")
+        parser.add_argument("--overwrite", action="store_true")
+        args = parser.parse_line(required(rest, "%chat save FILE [--format F] [--overwrite]"))
+        path = Path(args.file).expanduser()
+        if not args.overwrite:
+            _refuse_foreign(path)
+        print_text(f"Saved to {write(runtime().chat.conversation, path, args.format)}.")
 
     def load(self, rest: str) -> None:
         from kani_nb.conversation.formats import read
 
-        path, format_name = _file_arguments("%chat load", rest)
+        args = _file_parser("%chat load").parse_line(required(rest, "%chat load FILE [--format F]"))
         rt = runtime()
-        conversation = replace(read(path, format_name), notebook=rt.notebook)
-        taken = {each.name for each in rt.list_chats() if each.id != conversation.id}
-        taken |= {name for name, chat in rt.chats.items() if chat.conversation.id != conversation.id}
+        conversation = replace(read(args.file, args.format), notebook=rt.notebook)
+        known = {each.id for each in rt.list_chats(everywhere=True)}
+        if conversation.id in known | {chat.conversation.id for chat in rt.chats.values()}:
+            conversation = conversation.copied()  # what is here may have gone on since it was saved
+        taken = {each.name for each in rt.list_chats()} | set(rt.chats)
         name = conversation.name
         number = 2
         while conversation.name in taken:
@@ -314,9 +344,47 @@ def _place(summary: Any, everywhere: bool) -> Sequence[str]:
     return (summary.notebook or "(not known)",) if everywhere else ()
 
 
-def _file_arguments(prog: str, rest: str) -> tuple[Path, str | None]:
+def _file_parser(prog: str) -> LineParser:
     parser = LineParser(prog=prog, add_help=False)
-    parser.add_argument("file")
+    parser.add_argument("file", metavar="FILE")
     parser.add_argument("--format")
-    args = parser.parse_line(required(rest, f"{prog} FILE [--format F]"))
-    return Path(args.file).expanduser(), args.format
+    return parser
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse to write over what is no conversation, and over notebooks: they are what is being worked in.
+
+    Raises:
+        ConversationError: it would.
+    """
+    from kani_nb.conversation.formats import read
+
+    fix = "choose another name, or add --overwrite"
+    if path.suffix.lower() == ".ipynb":
+        raise ConversationError(f"{path} is a notebook's name", why="a conversation is no notebook", fix=fix)
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        read(path)
+    except ConversationError:
+        raise ConversationError(f"{path} is there already", why="it is no conversation", fix=fix) from None
+
+
+_OPTION = re.compile(r"""--[^\s=]*(=?)(?:[^\s"']|"[^"]*"|'[^']*')*""")
+_VALUE = re.compile(r"""\s+(?:[^\s"']|"[^"]*"|'[^']*')+""")
+
+
+def _leading_options(text: str) -> tuple[str, str]:
+    """The options that `text` begins with, and the text behind them as it was typed; `--` ends the options."""
+    switches = {
+        f"--{no}{option.flag[2:]}" for option in GENERATION_OPTIONS if option.type is bool for no in ("", "no-")
+    }
+    at = 0
+    while (option := _OPTION.match(text, at)) is not None:
+        if option[0] == "--":
+            return text[:at], text[option.end() :].strip()
+        at = option.end()
+        value = None if option[1] or option[0] in switches else _VALUE.match(text, at)
+        at = value.end() if value is not None else at
+        at += len(text[at:]) - len(text[at:].lstrip())
+    return text[:at], text[at:].strip()

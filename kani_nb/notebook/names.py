@@ -13,15 +13,23 @@ from kani_nb.notebook.verbs import VerbTable
 def grammars(chat: VerbTable, engine: VerbTable, kani: VerbTable) -> dict[str, Grammar]:
     """The grammar of every magic's line."""
     bare = dict.fromkeys(("--append", "--into", "--quiet", "--system", "--help"), no_names)
+    turn_verbs = dict.fromkeys(("retry", "edit"), turns)
     chat_flags = {**GENERATION_FLAGS, **bare, "--engine": engines, "--to": conversations}
     return {
-        "%load_engine": Grammar({**LOAD_FLAGS, "--as": no_names, "--help": no_names}, first=models),
+        "%load_engine": Grammar({**LOAD_FLAGS, "--as": no_names, "--help": no_names}, first=models, first_is_file=True),
         "%unload_engine": Grammar(first=engines),
         "%%chat": Grammar(chat_flags),
         "%chat": Grammar(
-            {**GENERATION_FLAGS, "--clear": no_names, "--all": no_names, "--format": lambda: FORMATS},
+            {
+                **GENERATION_FLAGS,
+                "--clear": no_names,
+                "--all": no_names,
+                "--overwrite": no_names,
+                "--format": lambda: FORMATS,
+            },
             first=lambda: chat.names,
-            after=dict.fromkeys(("open", "delete", "resume"), conversations),
+            after={**dict.fromkeys(("open", "delete", "resume"), conversations), "switch": branches, **turn_verbs},
+            files_after=("save", "load"),
         ),
         "%engine": Grammar(first=lambda: engine.names, after={"use": engines, "prefetch": models}),
         "%kani": Grammar(first=lambda: kani.names),
@@ -43,6 +51,18 @@ def models() -> Sequence[str]:
 def engines() -> Sequence[str]:
     """The engines that are loaded."""
     return sorted(runtime().engines)
+
+
+def branches() -> Sequence[str]:
+    """The numbers of the current conversation's branches."""
+    chat = runtime().current_chat
+    return [] if chat is None else [str(number + 1) for number in range(len(chat.conversation.branches()))]
+
+
+def turns() -> Sequence[str]:
+    """The numbers of the current branch's turns."""
+    chat = runtime().current_chat
+    return [] if chat is None else [str(number + 1) for number in range(len(chat.turns))]
 
 
 def conversations() -> Sequence[str]:

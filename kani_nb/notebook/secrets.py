@@ -7,19 +7,12 @@ environment, where huggingface_hub looks for it (after Colab's Secrets, which it
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 
+from kani_nb._secrets import holds_secret, without_secrets
 from kani_nb.errors import ConfigError
 
-#: Options that would carry a secret as their value.
-_OPTION = re.compile(
-    r"(?:^|\s)--?(?:hf[-_]?|use[-_]auth[-_]|auth[-_]|access[-_])?(?:token|api[-_]?key|password)(?=[\s=]|$)"
-)
-#: What tokens of Hugging Face, OpenAI, GitHub and Google look like; a model's name has a slash or is shorter.
-_TOKEN = re.compile(
-    r"(?<![\w/])(?:hf_[A-Za-z0-9]{6,}|sk-[A-Za-z0-9_-]{10,}|gh[pousr]_[A-Za-z0-9]{16,}|AIza[\w-]{20,})(?![\w/])"
-)
+__all__ = ["ask_token", "refuse_secrets", "without_secrets"]
 
 _ADVICE = (
     "set HF_TOKEN in the environment before the kernel starts, or in Colab's Secrets, or run %kani token and paste it "
@@ -33,15 +26,10 @@ def refuse_secrets(line: str) -> None:
     Raises:
         ConfigError: the line holds a token, or an option that would; the message does not repeat it.
     """
-    if _OPTION.search(line) or _TOKEN.search(line):
+    if holds_secret(line):
         raise ConfigError(
             "a token does not belong into a cell", why="it would be saved with the notebook", fix=_ADVICE
         ) from None
-
-
-def without_secrets(text: str) -> str:
-    """`text` with everything that looks like a token replaced."""
-    return _TOKEN.sub("[token]", text)
 
 
 def ask_token(ask: Callable[[str], str], variable: str = "HF_TOKEN") -> None:

@@ -40,7 +40,7 @@ def stat_line(metrics: GenerationMetrics) -> str:
         f"waited {seconds(metrics.queued_s)} for the engine" if metrics.queued_s >= _NOTICEABLE_S else "",
         _prompt(metrics),
         context_use(metrics.context_tokens, metrics.max_context_size),
-        _peak(metrics),
+        peak_memory(metrics),
         _ENDINGS.get(metrics.finish_reason, metrics.finish_reason),
     ]
     return " · ".join(part for part in parts if part)
@@ -79,7 +79,8 @@ def _prompt(metrics: GenerationMetrics) -> str:
     return f"{metrics.cached_tokens:,} of {_counted(metrics.prompt_tokens, 'prompt token')} cached"
 
 
-def _peak(metrics: GenerationMetrics) -> str:
+def peak_memory(metrics: GenerationMetrics) -> str:
+    """The most memory that an answer took, and by whose account."""
     if metrics.peak_bytes is None:
         return ""
     return f"peak {size(metrics.peak_bytes)} ({_SOURCES.get(metrics.peak_source, metrics.peak_source)})"

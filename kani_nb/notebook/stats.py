@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kani_nb.metrics.recorder import GenerationMetrics
 from kani_nb.notebook.shell import front_end
-from kani_nb.notebook.stat_line import seconds, size
+from kani_nb.notebook.stat_line import peak_memory
 from kani_nb.notebook.tables import print_text, text_table
 
 if TYPE_CHECKING:
@@ -31,24 +31,25 @@ def figure_of(shell: Any, metrics: Sequence[GenerationMetrics]) -> FigureBundle 
 
 
 def stats_table(metrics: Sequence[GenerationMetrics]) -> str:
-    """One row per answer."""
+    """One row per answer, times in milliseconds and counts in tokens; no column for what no answer has."""
     headers = ("turn", "engine", "first text", "per token", "tok/s", "prompt", "cached", "new", "peak", "ended by")
     rows = [
         (
             str(each.turn or position),
             each.model,
-            "" if each.ttft_s is None else seconds(each.ttft_s),
-            "" if each.tpot_s is None else f"{each.tpot_s * 1000:,.1f} ms",
+            _milliseconds(each.ttft_s),
+            _milliseconds(each.tpot_s),
             "" if each.tokens_per_s is None else f"{each.tokens_per_s:,.1f}",
             _count(each.prompt_tokens),
             _count(each.cached_tokens),
             _count(each.completion_tokens),
-            "" if each.peak_bytes is None else f"{size(each.peak_bytes)} ({each.peak_source})",
+            peak_memory(each).removeprefix("peak "),
             each.finish_reason,
         )
         for position, each in enumerate(metrics, 1)
     ]
-    return text_table(headers, rows)
+    shown = [column for column in range(len(headers)) if any(row[column] for row in rows)]
+    return text_table([headers[at] for at in shown], [[row[at] for at in shown] for row in rows])
 
 
 def show_stats(shell: Any, session: ChatSession, *, draws: bool) -> None:
@@ -63,6 +64,10 @@ def show_stats(shell: Any, session: ChatSession, *, draws: bool) -> None:
 
         display(figure.data, metadata=figure.metadata, raw=True)
     print_text(stats_table(metrics))
+
+
+def _milliseconds(duration_s: float | None) -> str:
+    return "" if duration_s is None else f"{duration_s * 1000:,.{0 if duration_s >= 0.1 else 1}f} ms"
 
 
 def _count(value: int | None) -> str:

@@ -18,7 +18,7 @@ from kani_nb.messages import MessagePart
 from kani_nb.notebook.render import GrowingMarkdown, markdown_to_html
 from kani_nb.notebook.stat_line import stat_line
 from kani_nb.notebook.surface import Surface, SurfaceKind
-from kani_nb.notebook.transcript import TurnText, error_line, prompt_text, shortened
+from kani_nb.notebook.transcript import TurnText, prompt_text, shortened
 
 if TYPE_CHECKING:
     from kani_nb.figures.bundle import FigureBundle
@@ -31,6 +31,7 @@ _SLOWEST_S = 1 / 1.5
 #: Drawing shares the interpreter with the generation: it gets at most one part in this many.
 _COST_SHARE = 50
 _LONGEST_PROMPT_IN_FRAMES = 2_000
+_UNFINISHED = "not finished; this turn was not added to the conversation"
 
 
 class StreamView:
@@ -109,7 +110,7 @@ class StreamView:
 
         Args:
             reply: the `ChatReply`; without one, that which was fed, or else the text so far.
-            error: why there is none.
+            error: why there is none; the cell that raises it says so itself.
         """
         if self._is_finished:
             return
@@ -120,7 +121,8 @@ class StreamView:
         text = self.text if reply is None else reply.text
         notices = self._notices if reply is None else [str(each) for each in reply.notices]
         stat = "" if metrics is None else stat_line(metrics)
-        error_text = "" if error is None else error_line(error)
+        # What went wrong is said by the cell's own error, below.
+        error_text = "" if error is None else _UNFINISHED
         if self._surface.kind is SurfaceKind.TERMINAL:
             self._print_new()
             lines = [f"[{each}]\n" for each in (*self._call_lines(), *notices, error_text, stat) if each]

@@ -7,6 +7,7 @@ main thread then acknowledges it, and where no acknowledgement comes, the front 
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import threading
 import time
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from kani_nb.notebook.stop_bus import StopBus
 
 _UPDATE_S = 0.25
+#: anywidget gives up making a model after 2 s; a page may be slow to begin.
+_LINGER_S = 8.0
 _SPARKLINE_POINTS = 40
 _NOTHING = {"text/html": "", "text/plain": ""}
 _SOURCE = Path(__file__).parent.parent / "static" / "strip.js"
@@ -46,6 +49,9 @@ class LiveStrip:
         bus: sees the click while a cell runs.
         memory: bytes to draw; the process's resident memory by default.
         clock: seconds that only grow.
+        linger_s: how long a widget lives at least: one that is closed while the front end still makes it is an error on
+            the page's console. (The front end could say when it has; but a message to a busy kernel makes JupyterLab
+            show it as idle.)
     """
 
     def __init__(
@@ -55,7 +61,9 @@ class LiveStrip:
         *,
         memory: Callable[[], int] = resident_bytes,
         clock: Callable[[], float] = time.monotonic,
+        linger_s: float = _LINGER_S,
     ) -> None:
+        self._linger_s = linger_s
         self._on_stop = on_stop
         self._bus = bus
         self._memory = memory
@@ -88,7 +96,10 @@ class LiveStrip:
         self._comm_id = str(widget.comm.comm_id)
         widget.on_msg(lambda _widget, content, _buffers: self._click(content))
         self._bus.register(self._comm_id, self._receive)
-        self._handle = display(widget, display_id=True)
+        # Not `display(widget)`: the ipywidgets of Colab would ignore the display id, and nothing could take its place.
+        shown = widget._repr_mimebundle_()
+        bundle, metadata = shown if isinstance(shown, tuple) else (shown, {})
+        self._handle = display(bundle, metadata=metadata, raw=True, display_id=True)
 
     def update(self, status: str, tokens: int = 0, first_text_at: float | None = None) -> None:
         """Show how far the answer is, at most four times a second, and see to a click.
@@ -122,13 +133,23 @@ class LiveStrip:
         }
 
     def close(self, bundle: Mapping[str, Any] | None = None) -> None:
-        """Put `bundle` (or nothing) in the place of the strip and close the widget. Safe to call twice."""
+        """Put `bundle` (or nothing) in the place of the strip and close the widget. Safe to call twice.
+
+        After a short answer the widget itself is closed a few seconds later, from a thread.
+        """
         widget, self._widget = self._widget, None
         if widget is None:
             return
         self._bus.unregister(self._comm_id)
         self._handle.update(dict(bundle or _NOTHING), raw=True)
-        widget.close()
+        wait_s = self._linger_s - (self._clock() - self._started_at)
+        if wait_s <= 0:
+            _close(widget)
+            return
+        # With this cell as the parent of what is sent; kernels differ in whether a thread inherits it.
+        timer = threading.Timer(wait_s, contextvars.copy_context().run, (_close, widget))
+        timer.daemon = True
+        timer.start()
 
     def _receive(self, data: Mapping[str, Any]) -> None:
         if data.get("method") == "custom":
@@ -138,6 +159,11 @@ class LiveStrip:
         if isinstance(content, Mapping) and content.get("kind") == "stop" and not self._clicked.is_set():
             self._clicked.set()
             self._on_stop()
+
+
+def _close(widget: Any) -> None:
+    widget.layout.close()
+    widget.close()
 
 
 @functools.cache

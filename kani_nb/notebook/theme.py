@@ -18,16 +18,16 @@ _SHEET = """
 .kani-nb-who{font-size:12px;font-weight:600;color:var(--kn-soft)}
 .kani-nb-user>div+div{white-space:pre-wrap;background:var(--kn-tint);border-radius:6px;padding:6px 10px}
 .jp-Cell:has(.jp-InputArea-editor):not(:has(.jp-InputPlaceholder)) .kani-nb-above{display:none}
-.kani-nb-md>:first-child{margin-top:2px}.kani-nb-md>:last-child{margin-bottom:0}
+.kani-nb .kani-nb-md>:first-child{margin-top:2px}.kani-nb .kani-nb-md>:last-child{margin-bottom:0}
 .kani-nb-md p,.kani-nb-md ul,.kani-nb-md ol{margin:0 0 .6em}
 .kani-nb .kani-nb-md :is(h1,h2,h3,h4,h5,h6){font-weight:600;
  font-size:1.1em;line-height:1.3;margin:.8em 0 .3em}
-.kani-nb .kani-nb-md pre{background:var(--kn-tint);color:inherit;border:1px solid var(--kn-line);border-radius:6px;
+.kani-nb .kani-nb-md pre{background:none;color:inherit;border:1px solid var(--kn-line);border-radius:6px;
  padding:8px 10px;
  margin:0 0 .6em;overflow:auto;white-space:pre;overflow-wrap:normal;line-height:1.4}
 .kani-nb code{font:13px var(--jp-code-font-family,ui-monospace,monospace);color:inherit;
  background:var(--kn-tint);border-radius:3px;padding:1px 3px}
-.kani-nb .kani-nb-md pre code{background:none;padding:0}
+.kani-nb .kani-nb-md pre code{background:none;padding:0;white-space:inherit;overflow-wrap:inherit}
 .kani-nb blockquote{border-left:3px solid var(--kn-line);margin:0 0 .6em;padding-left:10px;color:var(--kn-soft)}
 .kani-nb table{border-collapse:collapse;margin:0 0 .6em;display:block;overflow:auto}
 .kani-nb th,.kani-nb td{border:1px solid var(--kn-line);padding:3px 8px;text-align:left}
@@ -42,7 +42,7 @@ _SHEET = """
 _CODE = """
 .kani-nb .k{color:var(--jp-mirror-editor-keyword-color,#2a8a4a)}
 .kani-nb .s{color:var(--jp-mirror-editor-string-color,#c4503f)}
-.kani-nb .c{color:var(--jp-mirror-editor-comment-color,#7c7f86);font-style:italic}
+.kani-nb .c{color:var(--kn-soft);font-style:italic}
 .kani-nb .m{color:var(--jp-mirror-editor-number-color,#3f83c4)}
 .kani-nb .f{color:var(--jp-mirror-editor-def-color,#4a7fe0)}
 .kani-nb .b{color:var(--jp-mirror-editor-builtin-color,#2a8a4a)}

@@ -34,7 +34,7 @@ class TurnText:
         status: what is happening, while the answer is not complete.
         progress: how much of that is done, in [0, 1], where it is known.
         notes: what the round has to say of itself.
-        error: why the answer ended early, in one line.
+        error: that the answer ended early, in one line.
         stat: the stat line.
         is_prompt_above: a front end that shows the cell's source has the prompt in it already.
     """

@@ -5,6 +5,7 @@ A verb gets the rest of its line as it was typed, since some take free text; the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,23 @@ from kani_nb.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """One verb: what it is called with, what it does, and the function that gets the rest of the line."""
+    """One verb.
+
+    Attributes:
+        usage: what it is called with; the options that it takes stand in it.
+        help: what it does.
+        run: gets the rest of the line.
+        parses: `run` has a parser of its own, which refuses unknown options.
+        takes_text: what follows is text, in which only the first word can be an option.
+        details: more lines of its own help, made when asked for.
+    """
 
     usage: str
     help: str
     run: Callable[[str], None]
+    parses: bool = False
+    takes_text: bool = False
+    details: Callable[[], str] | None = None
 
     @property
     def name(self) -> str:
@@ -28,6 +41,11 @@ class Verb:
     def takes_arguments(self) -> bool:
         """Whether anything may follow it."""
         return len(self.usage.split()) > 1
+
+    @property
+    def options(self) -> list[str]:
+        """The options in its usage."""
+        return re.findall(r"--[\w-]+", self.usage)
 
 
 class VerbTable:
@@ -77,10 +95,24 @@ class VerbTable:
             fix = "; ".join(each for each in (guess, self._hint, f"{self._prog} help lists the verbs") if each)
             raise ConfigError(f"{self._prog} has no verb {name!r}", fix=fix)
         rest = rest.strip()
+        if rest in ("--help", "-h"):
+            lines = [f"{self._prog} {verb.usage}", "", f"  {verb.help}"]
+            lines += ["", verb.details()] if verb.details is not None else []
+            print("\n".join(lines))  # noqa: T201 - the answer to a request for it
+            return
+        if not verb.parses:
+            self._refuse_options(verb, rest)
         if rest and not verb.takes_arguments:
             fix = "; ".join(each for each in (f"{self._prog} {name}", self._hint) if each)
             raise ConfigError(f"{self._prog} {name} takes nothing after it", why=f"got {rest[:60]!r}", fix=fix)
         verb.run(rest)
+
+    def _refuse_options(self, verb: Verb, rest: str) -> None:
+        for word in rest.split()[: 1 if verb.takes_text else None]:
+            if word.startswith("--") and word not in verb.options:
+                known = verb.options
+                fix = did_you_mean(word, known) or f"{self._prog} {verb.usage}"
+                raise ConfigError(f"{self._prog} {verb.name} has no option {word[:60]!r}", fix=fix)
 
 
 def required(rest: str, usage: str) -> str:
@@ -92,6 +124,12 @@ def required(rest: str, usage: str) -> str:
     if not rest:
         raise ConfigError(f"{usage.split()[0]} {usage.split()[1]} needs something after it", fix=usage)
     return rest
+
+
+def unquoted(rest: str) -> str:
+    """A name without the one pair of quotes around it."""
+    is_quoted = len(rest) > 2 and rest[0] in "'\"" and rest[-1] == rest[0] and rest[0] not in rest[1:-1]
+    return rest[1:-1].strip() if is_quoted else rest
 
 
 def whole_number(rest: str, usage: str, default: int | None = None) -> int | None:

@@ -8,22 +8,58 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import kani_nb
+from kani_nb._arguments import in_plain_words
+from kani_nb._secrets import holds_secret, without_secrets
 from kani_nb.config import LOAD_OPTIONS
-from kani_nb.errors import ConfigError, KaniNbError
+from kani_nb.errors import ConfigError, KaniNbError, did_you_mean
 
 #: What a shell shows for a process that an interrupt ended.
 _INTERRUPTED = 130
+#: And for one whose output nobody reads any more.
+_BROKEN_PIPE = 141
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in plain words, and offers what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it, and end with 2."""
+        super().error(in_plain_words(message))
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does it; an option that is not known is answered with its near misses."""
+        found, extra = self.parse_known_args(args, namespace)
+        if extra:
+            parser = self._of_command(getattr(found, "command", None))
+            flag = next((word.split("=", 1)[0] for word in extra if word.startswith("-")), "")
+            flags = [each for action in parser._actions for each in action.option_strings if each.startswith("--")]
+            guess = did_you_mean(flag, flags) if flag else ""
+            if flag:
+                parser.error(f"unknown option {flag!r}; {guess or f'{parser.prog} --help lists them'}")
+            parser.error(f"{' '.join(extra)!r} cannot stand here; quote a text of several words")
+        return found
+
+    def _of_command(self, command: str | None) -> argparse.ArgumentParser:
+        choices = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        found: argparse.ArgumentParser = choices[0][command] if choices and command in choices[0] else self
+        return found
+
+
+_NO_SECRETS = (
+    "a token does not belong on a command line: it stays in the shell's history, and other users can see it\n"
+    "→ set HF_TOKEN in the environment"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; each command sets `run`."""
-    parser = argparse.ArgumentParser(
-        prog="kani-nb", description="Chat with language models you run yourself, and see what it costs."
-    )
+    parser = _Parser(prog="kani-nb", description="Chat with language models you run yourself, and see what it costs.")
     parser.add_argument("--version", action="version", version=f"kani-nb {kani_nb.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -53,20 +89,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments` (those of the process by default) name, and return the exit code."""
-    parser = build_parser()
-    args = parser.parse_args(arguments)
-    run: Callable[[argparse.Namespace], int] = args.run
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if holds_secret(" ".join(words)):
+        print(f"kani-nb: {_NO_SECRETS}", file=sys.stderr)
+        return 2
     try:
-        return run(args)
+        args = build_parser().parse_args(words)
+        run: Callable[[argparse.Namespace], int] = args.run
+        code = run(args)
+        sys.stdout.flush()
     except ConfigError as error:
-        print(f"kani-nb: {error}", file=sys.stderr)
+        print(f"kani-nb: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except KaniNbError as error:
-        print(f"kani-nb: {error}", file=sys.stderr)
+        print(f"kani-nb: {without_secrets(str(error))}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would then tell of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except KeyboardInterrupt:
         print("kani-nb: interrupted", file=sys.stderr)
         return _INTERRUPTED
+    return code
 
 
 def _quickstart(_args: argparse.Namespace) -> int:

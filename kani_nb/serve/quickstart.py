@@ -1,7 +1,7 @@
 """`kani-nb quickstart`: the first notebook, run on this Python, its conversation and numbers printed as it goes.
 
-The notebook is the one in the repository, or the copy that the package carries. Its conversations go to a temporary
-folder, so that it can be repeated; the model goes to the usual cache.
+The notebook is the one in the current folder's `notebooks`, or the copy that the package carries. Its conversations go
+to a temporary folder, so that it can be repeated; the model goes to the usual cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def quickstart_notebook() -> Path:
         KaniNbError: it was installed without.
     """
     package = Path(__file__).parent.parent
-    for folder in (package.parent / "notebooks", package / "notebooks"):
+    # A clone's own copy first: it is the one that JupyterLab can then open from here.
+    for folder in (Path.cwd() / "notebooks", package.parent / "notebooks", package / "notebooks"):
         if (folder / NAME).is_file():
             return folder / NAME
     raise KaniNbError(f"{NAME} is not here", why="it was installed without its notebooks", fix="pip install -U kani-nb")

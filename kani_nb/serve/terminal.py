@@ -19,6 +19,8 @@ from kani_nb.engines.base import LoadProgress, TextDelta
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
 _PROMPT = "\nYou: "
+#: Conversations of terminals are listed apart from those of notebooks whose path is not known.
+NOTEBOOK = "(terminal)"
 
 
 def harmless(text: str) -> str:
@@ -90,6 +92,7 @@ class TerminalChat:
         """
         with ProgressLine() as line, InterruptGuard() as guard:
             Call(self._runtime.loop, self._runtime.load(self._config, progress=line.progress), guard).result()
+        self._runtime.notebook = NOTEBOOK
         self._runtime.new_chat(system=self._system)
         try:
             if prompt is not None:

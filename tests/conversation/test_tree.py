@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kani_nb.conversation.tree import CellRef, Conversation, Turn, new_id
+from kani_nb.conversation.tree import CellRef, Conversation, Turn, new_id, replacement_notices
 from kani_nb.errors import ConversationError
 from kani_nb.messages import ChatMessage
 
@@ -128,9 +128,9 @@ def test_a_conversation_cannot_be_changed_in_place():
 
 def test_numbers_that_are_not_there_are_named():
     conversation = add(Conversation.new("main"), "one")
-    with pytest.raises(ConversationError, match=r"no turn 2: this branch has 1 turn$"):
+    with pytest.raises(ConversationError, match=r"no turn 2: this branch has 1 turn\n.*%chat history$"):
         conversation.turn_at(2)
-    with pytest.raises(ConversationError, match=r"no branch 0: 1 branch$"):
+    with pytest.raises(ConversationError, match=r"no branch 0: this conversation has 1 branch\n.*%chat branches$"):
         conversation.branch(0)
     with pytest.raises(ConversationError, match="no turn yet"):
         Conversation.new("main").turn_at()
@@ -198,3 +198,52 @@ class TreeMachine(RuleBasedStateMachine):
 
 TestTreeMachine = TreeMachine.TestCase
 TestTreeMachine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+
+
+def branch_of(*pairs):
+    conversation = Conversation.new("main")
+    for number, (text, cell) in enumerate(pairs):
+        messages = (ChatMessage.user(text), ChatMessage.assistant(text))
+        conversation = conversation.with_turn(Turn(f"t{number}", conversation.head, messages, cell, 1.0 + number))
+    return conversation
+
+
+def asked_again(conversation, text, cell):
+    messages = (ChatMessage.user(text), ChatMessage.assistant(text))
+    return conversation.with_turn(Turn("again", conversation.place(text, cell), messages, cell, 99.0))
+
+
+def test_turns_that_a_repeated_cell_leaves_out_are_named_with_their_branch():
+    before = branch_of(*((text, CellRef(f"cell-{text}", "run-1")) for text in "abcd"))
+    after = asked_again(before, "B", CellRef("cell-b", "run-2"))
+    assert replacement_notices(before, after) == ["turns 3-4 are on branch 1 now: %chat branches"]
+    after = asked_again(before, "C", CellRef("cell-c", "run-2"))
+    assert replacement_notices(before, after) == ["turn 4 is on branch 1 now: %chat branches"]
+    after = asked_again(before, "D", CellRef("cell-d", "run-2"))
+    assert replacement_notices(before, after) == []
+    after = asked_again(before, "e", CellRef("cell-e", "run-2"))
+    assert replacement_notices(before, after) == []
+
+
+def test_a_loop_that_is_run_again_replaces_all_its_turns_without_a_word():
+    loop = CellRef("loop", "run-1")
+    before = branch_of(("a", CellRef("cell-a", "run-1")), ("x", loop), ("y", loop), ("z", loop))
+    assert replacement_notices(before, asked_again(before, "x", CellRef("loop", "run-2"))) == []
+
+
+def test_a_restart_for_want_of_cell_ids_is_told():
+    before = branch_of(("a", CellRef(None, "run-1")), ("b", CellRef(None, "run-2")))
+    restart, left = replacement_notices(before, asked_again(before, "a", CellRef(None, "run-3")))
+    assert "starts over" in restart
+    assert "--append" in restart
+    assert left == "turn 2 is on branch 1 now: %chat branches"
+
+
+def test_a_copy_shares_words_and_branches_but_no_id():
+    before = branch_of(("a", CellRef("c", "1")), ("b", CellRef("d", "1"))).undone()
+    copy = before.copied()
+    assert copy.id != before.id
+    assert not set(copy.turns) & set(before.turns)
+    assert [turn.prompt.text for turn in copy.turns.values()] == ["a", "b"]
+    assert [turn.prompt.text for turn in copy.path()] == ["a"]
+    assert len(copy.branches()) == 1

@@ -8,51 +8,11 @@ from contextlib import aclosing
 
 import pytest
 
-from kani_nb import BaseCompletion, ChatMessage, HuggingEngine, TextDelta
+from kani_nb import ChatMessage, HuggingEngine, TextDelta
 from kani_nb.engines.base import FinishReason, PrefillProgress
-from kani_nb.errors import ConfigError, GenerationError, ModelFilesError, PromptError, PromptTooLongError
+from kani_nb.errors import ConfigError, GenerationError, PromptError, PromptTooLongError
 from tests.conftest import make_model
-
-GREEDY = {"do_sample": False, "max_new_tokens": 24}
-QUESTIONS = ["What is the capital of France?", "How are you today?", "über den faulen Hund", "the quick brown fox"]
-
-
-def engine_of(folder, **options):
-    return HuggingEngine(str(folder), **({"dtype": "float32", "threads": 1} | options))
-
-
-@pytest.fixture
-async def engine(tiny_model):
-    engine = engine_of(tiny_model)
-    await engine.load()
-    yield engine
-    await engine.close()
-
-
-async def answer(engine, messages, **params):
-    events = [event async for event in engine.stream(messages, **(GREEDY | params))]
-    assert isinstance(events[-1], BaseCompletion)
-    assert not any(isinstance(event, BaseCompletion) for event in events[:-1])
-    assert "".join(event for event in events if isinstance(event, TextDelta)) == events[-1].message.text
-    return events[-1]
-
-
-async def converse(engine, questions=QUESTIONS, **params):
-    history, completions = [], []
-    for question in questions:
-        history.append(ChatMessage.user(question))
-        completions.append(await answer(engine, history, **params))
-        history.append(completions[-1].message)
-    return history, completions
-
-
-def forward_lengths(engine):
-    """Lengths of the pieces that the model really computes from now on, counted on its own forward."""
-    lengths = []
-    engine.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    return lengths
+from tests.engines.asking import GREEDY, QUESTIONS, answer, converse, engine_of, forward_lengths
 
 
 async def test_greedy_text_is_that_of_transformers_generate(engine):
@@ -74,92 +34,6 @@ async def test_prompt_len_is_exact(engine):
     records = [{"role": m.role.value, "content": m.text} for m in history[:1]]
     template = engine.tokenizer.apply_chat_template(records, add_generation_prompt=True, return_dict=False)
     assert engine.prompt_len(history[:1]) == len(template)
-
-
-@pytest.mark.parametrize("model", ["tiny_model", "sliding_model"])
-async def test_text_is_identical_with_reuse_and_without(model, request):
-    folder, texts = request.getfixturevalue(model), []
-    for cache_gib in (None, 0):
-        engine = engine_of(folder, cache_gib=cache_gib)
-        await engine.load()
-        _, completions = await converse(engine)
-        texts.append([each.message.text for each in completions])
-        assert all((each.cached_tokens > 0) is (cache_gib is None) for each in completions[1:])
-        assert engine.memory().kv_bytes == 0 or cache_gib is None
-        await engine.close()
-    assert texts[0] == texts[1]
-    assert len(set(texts[0])) == len(QUESTIONS), "answers that are all alike would prove nothing"
-
-
-async def test_a_turn_computes_only_what_is_new(engine):
-    lengths = forward_lengths(engine)
-    _, completions = await converse(engine)
-    decoded = sum(each.completion_tokens for each in completions)
-    computed = sum(each.prompt_tokens - each.cached_tokens for each in completions)
-    stopped_short = sum(each.finish_reason is FinishReason.LENGTH for each in completions)
-    assert sum(lengths) == computed + decoded - len(completions)
-    assert stopped_short, "answers of the full length are what later prompts must find again"
-    for before, after in itertools.pairwise(completions):
-        assert after.cached_tokens >= before.prompt_tokens
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-async def test_a_retry_gives_the_same_text_bit_for_bit(tiny_model, dtype):
-    engine = engine_of(tiny_model, dtype=dtype)
-    await engine.load()
-    history, completions = await converse(engine)
-    for turn in (3, 0, 2, 1, 3):
-        again = await answer(engine, history[: 2 * turn + 1])
-        assert again.message.text == completions[turn].message.text
-    assert again.cached_tokens > 0
-    await engine.close()
-
-
-async def test_an_edited_turn_reuses_what_stands_before_it(tiny_model):
-    engine = engine_of(tiny_model, cache_gib=0.01)
-    fresh = engine_of(engine.model_id, cache_gib=0)
-    history, _ = await converse(engine)
-    edited = [*history[:4], ChatMessage.user("something quite different")]
-    reused, expected = await answer(engine, edited), await answer(fresh, edited)
-    assert reused.message.text == expected.message.text
-    assert reused.cached_tokens >= engine.prompt_len(history[:3])
-    back = await answer(engine, [*history, ChatMessage.user("more")])
-    assert back.cached_tokens >= engine.prompt_len(history[:-1]), "the old branch kept its states"
-    await engine.close()
-    await fresh.close()
-
-
-async def test_two_conversations_do_not_cost_each_other_their_states(tiny_model):
-    engine = engine_of(tiny_model, cache_gib=0.01)
-    system = ChatMessage.system("Hello, how are you today? I am fine, thank you. " * 3)
-    histories = [[system], [system]]
-    for round_number, history in itertools.product(range(3), histories):
-        history.append(ChatMessage.user(f"{QUESTIONS[round_number]} {histories.index(history)}"))
-        completion = await answer(engine, history)
-        if round_number:
-            assert completion.cached_tokens >= engine.prompt_len(history[:-2]), "all but the newest turn"
-        history.append(completion.message)
-    await engine.close()
-
-
-async def test_a_full_sliding_window_is_never_cropped_to_a_wrong_answer(sliding_model):
-    engine, fresh = engine_of(sliding_model), engine_of(sliding_model, cache_gib=0)
-    await engine.load()
-    history, _ = await converse(engine)
-    for prompt in (history[:5], [*history[:4], ChatMessage.user("other")], [*history, ChatMessage.user("on")]):
-        assert (await answer(engine, prompt)).message.text == (await answer(fresh, prompt)).message.text
-    await engine.close()
-    await fresh.close()
-
-
-async def test_the_states_never_take_more_than_the_budget(tiny_model):
-    engine = engine_of(tiny_model, cache_gib=300 * 1024 / 2**30)
-    await engine.load()
-    for number in range(12):
-        await converse(engine, [f"{number} {question}" for question in QUESTIONS[:2]])
-        assert engine.memory().kv_bytes <= 300 * 1024
-    assert engine.memory().kv_bytes > 0
-    await engine.close()
 
 
 async def test_a_long_prompt_is_computed_in_chunks_and_reported(engine):
@@ -343,21 +217,6 @@ async def test_out_of_memory_stays_out_of_memory_and_is_survived(engine):
     assert (await answer(engine, prompt)).message.text == expected
 
 
-async def test_load_and_close_are_safe_to_call_twice_and_the_first_use_loads(tiny_model):
-    engine = engine_of(tiny_model)
-    assert not engine.is_loaded
-    assert engine.max_context_size == 512
-    assert (await answer(engine, [ChatMessage.user("Hello")])).completion_tokens
-    await asyncio.gather(engine.load(), engine.load())
-    assert engine.is_loaded
-    tensors = {*engine.model.parameters(), *engine.model.buffers()}
-    assert engine.memory().weight_bytes == sum({each.data_ptr(): each.nbytes for each in tensors}.values())
-    await engine.close()
-    await engine.close()
-    assert engine.model is None
-    assert engine.memory() is None
-
-
 async def test_predict_is_derived_from_stream(engine):
     prompt = [ChatMessage.user("Hello")]
     completion = await engine.predict(prompt, max_new_tokens=5, do_sample=False)
@@ -411,68 +270,6 @@ async def test_counting_a_prompt_while_another_answer_runs_disturbs_neither(engi
     completion = await answer(engine, [ChatMessage.user("Hello")], max_new_tokens=60)
     assert completion.message.text == expected
     assert set(await asyncio.gather(*counting)) == {expected_len}
-
-
-async def test_a_load_that_was_cancelled_does_not_spoil_the_next_one(tiny_model):
-    import transformers
-
-    untouched = transformers.PreTrainedModel.tie_weights
-    expected = None
-    for number in range(6):
-        abandoned = engine_of(tiny_model)
-        task = asyncio.create_task(abandoned.load())
-        await asyncio.sleep(0.01 * number)
-        task.cancel()
-        fresh = engine_of(tiny_model)
-        text = (await answer(fresh, [ChatMessage.user("the quick brown fox")])).message.text
-        expected = expected or text
-        assert text == expected
-        await asyncio.gather(task, return_exceptions=True)
-        await fresh.close()
-    assert transformers.PreTrainedModel.tie_weights is untouched
-
-
-async def test_missing_weights_are_refused_and_named(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    folder = make_model(tmp_path)
-    weights = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if ".layers.1." not in name}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelFilesError, match=r"(?s)weights of .* are missing .*model\.layers\.1\."):
-        await engine_of(folder).load()
-
-
-async def test_closing_ends_the_present_answer_and_fails_those_that_wait(tiny_model):
-    engine = engine_of(tiny_model)
-    await engine.load()
-    prompt = [ChatMessage.user("the quick brown fox")]
-    running = [asyncio.create_task(answer(engine, prompt, max_new_tokens=400)) for _ in range(3)]
-    while engine.slot.queue_length < 2:
-        await asyncio.sleep(0)
-    await engine.close()
-    results = await asyncio.gather(*running, return_exceptions=True)
-    assert any(isinstance(each, GenerationError) for each in results)
-    assert not any(getattr(each, "finish_reason", None) is FinishReason.LENGTH for each in results)
-
-
-def test_two_loops_can_load_one_engine_at_once(tiny_model):
-    engine, errors = engine_of(tiny_model), []
-
-    def use():
-        try:
-            asyncio.run(engine.load())
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=use) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-    assert not errors
-    assert engine.is_loaded
 
 
 async def test_a_sampled_answer_tells_its_seed_and_repeats_with_it(engine):

@@ -57,7 +57,7 @@ def test_options_of_the_answer_reach_the_engine(cells, clean_runtime):
     ("cell", "said"),
     [
         ("%%chat --bogus 1\nx", "unknown option '--bogus'"),
-        ("%%chat --max-new-token x\nx", "invalid int value"),
+        ("%%chat --max-new-token x\nx", "--max-new-tokens is 'x'"),
         ("%%chat --temperature -1\nx", "temperature is -1.0"),
         ("%%chat --top-p 7\nx", "top_p is 7.0"),
         ("%%chat 'unclosed\nx", "no closing quotation"),
@@ -93,7 +93,7 @@ def test_options_of_the_answer_reach_the_engine(cells, clean_runtime):
         ("%kani doctr", "did you mean doctor?"),
         ("%load_engine --dtype float32", "no model was named"),
         ("%load_engine echo --bogus", "unknown option '--bogus'"),
-        ("%load_engine echo --dtype int3", "invalid choice"),
+        ("%load_engine echo --dtype int3", "it must be one of auto, float32"),
         ("%load_engine echo --threads 0", "threads is 0"),
         ("%load_engine echo:delay=x", "it must be a number"),
         ("%load_engine smollm", "did you mean smollm2"),

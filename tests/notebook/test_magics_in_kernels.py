@@ -217,6 +217,34 @@ def test_running_the_second_of_four_cells_again_forks_there(kernel):
     assert "fourth" in good(kernel, "%chat branches").text
 
 
+def test_turns_that_a_repeated_cell_leaves_out_are_told(kernel):
+    run_all(kernel, CELLS, with_ids=True)
+    assert "turns 3-4 are on branch 1 now" in good(kernel, "%%chat\nanother second", "cell-2").text
+
+
+def test_without_cell_ids_a_conversation_that_starts_over_says_so(kernel):
+    run_all(kernel, CELLS, with_ids=False)
+    shown = good(kernel, "%%chat\nfirst").text
+    assert "the conversation starts over" in shown
+    assert "turns 2-4 are on branch 1 now" in shown
+
+
+def test_a_chat_line_alone_is_answered_by_the_magic_itself(kernel):
+    assert "--max-new-tokens" in good(kernel, "%%chat --help").text
+    good(kernel, "%load_engine echo")
+    assert "the prompt is empty" in kernel.run("%%chat --max-new-tokens 3").error
+
+
+def test_lines_of_ours_are_completed_with_nothing_else(kernel, tmp_path):
+    (tmp_path / "talk.json").write_text("{}")
+    good(kernel, f"import os\nos.chdir({str(tmp_path)!r})")
+    for line, expected in (("%chat hist", ["history"]), ("%chat load talk.js", ["talk.json"])):
+        reply = kernel.client.complete(line, len(line), reply=True, timeout=30)["content"]
+        assert [line[: reply["cursor_start"]] + each for each in reply["matches"]] == [
+            line[: line.rindex(" ") + 1] + each for each in expected
+        ]
+
+
 def test_an_interrupted_load_fails_in_one_line_and_the_old_engine_answers(kernel):
     good(kernel, "%load_engine echo --as old")
     good(kernel, SLOW_TO_PREPARE)
@@ -224,6 +252,7 @@ def test_an_interrupted_load_fails_in_one_line_and_the_old_engine_answers(kernel
     outcome = kernel.run("%load_engine echo:delay=1 --as new")
     assert ename(outcome) == "KeyboardInterrupt"
     assert "old still answers" in outcome.error
+    assert "what was downloaded is kept" in outcome.error
     assert len(outcome.error.splitlines()) == 1
     assert outcome.duration_s < 5
     assert "old" in good(kernel, "%%chat\nhello").text

@@ -22,6 +22,13 @@ SECRET = "hf_abcdefghijKLMNOP"
         f"{SECRET}",
         f"--system='my token is {SECRET}'",
         "openai:gpt sk-proj-abcdefghij0123",
+        "org/model token=verysecret",
+        "org/model HF_TOKEN='verysecret'",
+        "org/model --tok verysecret",
+        "org/model --hf-toke verysecret",
+        "org/model --hf verysecret",
+        "org/model --use-auth verysecret",
+        "org/model -token verysecret",
     ],
 )
 def test_a_line_with_a_token_is_refused_with_advice_and_without_repeating_it(line):
@@ -33,11 +40,22 @@ def test_a_line_with_a_token_is_refused_with_advice_and_without_repeating_it(lin
     assert "%kani token" in text
     assert SECRET not in text
     assert "sk-proj" not in text
+    assert "verysecret" not in text
 
 
 @pytest.mark.parametrize(
     "line",
-    ["smollm2", "org/hf_model", "./hf_models/x.gguf", "smollm2 --max-new-tokens 5", "org/token-classifier", "hf_x"],
+    [
+        "smollm2",
+        "org/hf_model",
+        "./hf_models/x.gguf",
+        "smollm2 --max-new-tokens 5",
+        "smollm2 --max-new-token 5 --min-new-tok=3 --eos-token-id 2 --eos-tok 2",
+        "--to poems --append",
+        "system Count every token = one word",
+        "org/token-classifier",
+        "hf_x",
+    ],
 )
 def test_a_line_without_one_is_not(line):
     refuse_secrets(line)

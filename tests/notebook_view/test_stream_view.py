@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from kani_nb.engines.base import Completion, PrefillProgress, ReasoningDelta, TextDelta, ToolCallDelta
 from kani_nb.errors import GenerationError
+from kani_nb.figures.bundle import FigureBundle
 from kani_nb.messages import ChatMessage, ImagePart
 from kani_nb.metrics.recorder import GenerationMetrics
 from kani_nb.notebook.render import markdown_to_html
@@ -199,12 +201,13 @@ def test_a_long_prompt_is_sent_whole_only_once(screen, clock):
     assert prompt in screen.last["text/html"]
 
 
-def test_an_error_keeps_the_partial_answer_and_says_why(screen, clock):
+def test_an_error_keeps_the_partial_answer_and_leaves_the_reason_to_the_cell(screen, clock):
     view = view_on(screen, clock)
     view.feed(TextDelta("half an ans"))
     view.finish(error=GenerationError("the device is gone <b>", why="x"))
     assert "half an ans" in screen.last["text/plain"]
-    assert "GenerationError: the device is gone &lt;b&gt;" in screen.last["text/html"]
+    assert "not added to the conversation" in screen.last["text/html"]
+    assert "the device is gone" not in screen.last["text/html"]
     assert screen.frames[-1][2]["kani_nb"]["state"] == "error"
 
 
@@ -299,3 +302,71 @@ def test_a_capture_gets_one_output_the_last(clock):
     assert screen.frames == []
     view.finish(Reply("aaaaa", METRICS))
     assert (screen.opened, len(screen.frames)) == (1, 1)
+
+
+@dataclass
+class Strip:
+    """Records what takes its place."""
+
+    is_open: bool = False
+    below: list[dict] = field(default_factory=list)
+
+    def open(self):
+        self.is_open = True
+
+    def update(self, *_):
+        pass
+
+    def close(self, bundle):
+        self.is_open = False
+        self.below.append(bundle)
+
+
+FIGURE = FigureBundle({"application/vnd.plotly.v1+json": {}, "image/svg+xml": "<svg/>", "text/plain": "numbers"})
+
+
+def test_the_figure_takes_the_strips_place(screen, clock):
+    strip = Strip()
+    view = view_on(screen, clock, strip=strip, figure=lambda: FIGURE)
+    view.finish(Reply("a", METRICS))
+    assert strip.below == [FIGURE.data]
+    assert stat_line(METRICS) in screen.last["text/plain"]
+    assert screen.opened == 1
+
+
+def test_after_a_stop_the_figure_needs_no_script(screen, clock):
+    strip = Strip()
+    view = view_on(screen, clock, strip=strip, figure=lambda: FIGURE)
+    view.finish(Reply("a", dataclasses.replace(METRICS, finish_reason="cancelled")))
+    assert [set(bundle) for bundle in strip.below] == [{"image/svg+xml", "text/plain"}]
+
+
+@pytest.mark.parametrize("figure", [None, lambda: None])
+def test_without_a_figure_the_numbers_take_the_strips_place(screen, clock, figure):
+    strip = Strip()
+    view = view_on(screen, clock, strip=strip, figure=figure)
+    view.finish(Reply("a", METRICS))
+    assert [bundle["text/plain"] for bundle in strip.below] == [stat_line(METRICS)]
+    assert stat_line(METRICS) not in screen.last["text/plain"]
+
+
+def test_after_an_error_there_is_no_figure(screen, clock):
+    strip = Strip()
+    view = view_on(screen, clock, strip=strip, figure=lambda: FIGURE)
+    view.finish(error=GenerationError("gone"))
+    assert "not added" in strip.below[0]["text/html"]
+
+
+def test_without_a_strip_the_figure_is_one_more_output(clock):
+    shown = []
+    view = StreamView(
+        "hi", display=lambda bundle, **_: shown.append(bundle), figure=lambda: FIGURE, kind=SurfaceKind.FINAL
+    )
+    view.finish(Reply("a", METRICS))
+    assert shown[1:] == [FIGURE.data]
+
+
+def test_a_prompt_that_the_cell_shows_is_marked_for_the_front_end(screen, clock):
+    view_on(screen, clock, is_prompt_above=True)
+    assert "kani-nb-above" in screen.last["text/html"].split("</style>")[1]
+    assert screen.last["text/plain"].startswith("You: hi")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ import time
 import pytest
 
 import kani_nb
+from kani_nb.conversation.store import ConversationStore
+from kani_nb.conversation.tree import Conversation
 from kani_nb.serve.cli import main
 from kani_nb.serve.quickstart import NAME, open_command, quickstart_notebook
 
@@ -114,6 +117,81 @@ def test_ctrl_c_ends_the_answer_and_the_chat_goes_on(own_home):
         seen += process.stdout.read()
         assert process.wait(timeout=20) == 0
     assert "next" in seen.split("stopped")[1]
+
+
+@pytest.mark.parametrize("command", [["chat"], ["prefetch"], ["chat", "echo", "--token"], ["chat", "-p"]])
+def test_a_token_on_the_command_line_is_refused_and_not_printed(capsys, command):
+    assert main([*command, "hf_verysecretindeed"]) == 2
+    caught = capsys.readouterr()
+    assert "verysecret" not in caught.out + caught.err
+    assert "HF_TOKEN" in caught.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["chat", "echo", "--temprature", "1"], "did you mean --temperature?"),
+        (["doctor", "--jsn"], "did you mean --json?"),
+        (["chat", "echo", "--threads", "x"], "--threads is 'x': it must be a whole number"),
+        (["chat", "echo", "hello"], "'hello' cannot stand here"),
+    ],
+)
+def test_a_wrong_command_line_is_answered_with_what_was_meant(capsys, arguments, said):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise there")
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-u", "-m", "kani_nb.serve.cli", "chat", "echo:delay=0.01", "-p", "word " * 300]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read(4) == "word"
+        process.stdout.close()
+        complaints = process.stderr.read()
+        assert process.wait(timeout=20) == 141
+    assert complaints == ""
+
+
+def test_conversations_of_a_terminal_are_kept_apart(own_runtime):
+    assert main(["chat", "echo", "-p", "hello"]) == 0
+    own_runtime.notebook = ""
+    assert own_runtime.list_chats() == []
+    assert [each.notebook for each in own_runtime.list_chats(everywhere=True)] == ["(terminal)"]
+
+
+def test_the_doctor_says_where_no_store_can_be_made(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KANI_NB_HOME", str(tmp_path / "file"))
+    assert main(["doctor"]) == 0
+    problem = capsys.readouterr().out.split("! ", 1)[1]
+    assert f"{tmp_path}/file is not a folder" in problem
+    assert "KANI_NB_HOME" in problem
+
+
+def test_the_doctor_says_that_a_store_is_read_only(capsys, own_runtime, own_home):
+    with ConversationStore() as store:
+        store.create(Conversation.new("kept"))
+        path = store.path
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+    connection.close()
+    path.chmod(0o400)
+    if os.access(path, os.W_OK):
+        pytest.skip("this user may write to every file")
+    assert main(["doctor"]) == 0
+    assert "read-only" in capsys.readouterr().out.split("! ", 1)[1]
+
+
+def test_the_quickstart_of_the_current_folder_comes_first(tmp_path, monkeypatch):
+    own = tmp_path / "notebooks" / NAME
+    own.parent.mkdir()
+    own.write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert quickstart_notebook() == own
+    own.unlink()
+    assert quickstart_notebook() != own
 
 
 def test_the_quickstart_is_found_and_the_command_that_opens_it_names_it():

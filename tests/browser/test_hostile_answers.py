@@ -1,0 +1,103 @@
+"""What a model says does nothing in a trusted notebook: while it streams, when it is done, and when opened again."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.browser.front_end import Chromium, OpenNotebook
+from tests.browser.jupyter import JupyterServer
+from tests.notebook_view.test_render import ATTACKS
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
+
+PREPARE = """
+import json, kani_nb
+%load_ext kani_nb
+%config KaniNB.plot = 'never'
+%load_engine echo:delay=0.02
+answers = json.load(open('answers.json'))
+def say(number):
+    kani_nb.runtime().engine.reply = answers[number]
+    return f'<img src=x onerror="window.pwned=1"><b>{number}</b>'
+"""
+MORE = {
+    "svg animation": "<svg><animate onbegin=alert(1) attributeName=x dur=1s>",
+    "style address": "<p style=\"background:url('https://evil.example/s.png')\">x</p>",
+    "link preload": '<link rel="preload" href="https://evil.example/p.js" as="script">',
+    "srcset": '<img srcset="https://evil.example/s.png 2x">',
+    "video poster": '<video poster="https://evil.example/v.png" autoplay src="https://evil.example/v.mp4"></video>',
+    "markdown in the info string": '```html" onload="window.pwned=1\n<img src=x onerror=window.pwned=1>\n```',
+    "widget view": '<script type="application/vnd.jupyter.widget-view+json">{"model_id": "x"}</script>',
+    "lab's own attribute": '<a href="#" data-commandlinker-command="notebook:run-cell">x</a>',
+}
+
+# Looks at every answer after every change of the page; MathJax draws with elements of its own.
+GUARD = """() => {
+  kn.faults = [];
+  const bad = 'script,iframe,img,object,embed,form,input,button,link,meta,base,style,svg,video,audio,template,details';
+  const look = () => {
+    for (const answer of document.querySelectorAll('.kani-nb article')) {
+      for (const node of answer.querySelectorAll('*')) {
+        if (node.closest('mjx-container') && node.localName !== 'a') continue;
+        if (node.matches(bad)) kn.faults.push(node.outerHTML.slice(0, 200));
+        for (const {name, value} of node.attributes) {
+          if (name.startsWith('on') || name.startsWith('data-')) kn.faults.push(name);
+          if (name === 'href' && !/^(https?:|mailto:|#)/i.test(value)) kn.faults.push(value);
+          if (name === 'class' && /(^|\\s)(jp|lm)-/.test(value)) kn.faults.push(value);
+        }
+      }
+    }
+  };
+  new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true});
+  look();
+}"""
+
+
+def assert_nothing_ran(notebook: OpenNotebook, browser: Chromium) -> None:
+    assert notebook.page.evaluate("[window.pwned ?? 0, window.ran]") == [0, []]
+    assert notebook.page.evaluate("kn.faults") == []
+    browser.assert_quiet()
+
+
+def test_the_traps_catch_what_runs(server: JupyterServer, browser: Chromium):
+    markup = '<img src=x onerror="window.pwned=1"><img src="https://evil.example/x.png"><script>alert(1)</script>'
+    markup = f'<div class="kani-nb"><article>{markup}</article></div>'
+    server.write("trap.ipynb", [f"from IPython.display import HTML\nHTML({markup!r})"])
+    notebook = browser.open(server, "trap.ipynb")
+    notebook.page.evaluate(GUARD)
+    notebook.run(0)
+    notebook.page.wait_for_function("window.pwned === 1 && window.ran.length")
+    assert set(browser.outside) == {"https://evil.example/x.png"}
+    assert len(notebook.page.evaluate("kn.faults")) >= 3
+
+
+def test_no_answer_runs_or_asks_for_anything(server: JupyterServer, browser: Chromium):
+    answers = [f"Sure!\n\n{attack}\n\nDone." for attack in (ATTACKS | MORE).values()]
+    (server.root / "answers.json").write_text(json.dumps(answers))
+    cells = [f"%%chat --append\n{{{{say({number})}}}}" for number in range(len(answers))]
+    server.write("hostile.ipynb", [PREPARE, *cells])
+    notebook = browser.open(server, "hostile.ipynb")
+    notebook.page.evaluate(GUARD)
+    notebook.start_all()
+    notebook.wait_until_done("all", timeout_s=180)
+    # All were answered, in full, as words.
+    for number, answer in enumerate(answers, 1):
+        shown = notebook.answer(number)
+        assert shown.startswith("Sure!") and shown.rstrip().endswith("Done."), answer
+        assert notebook.cell(number).locator(".kani-nb-user").inner_text().count("onerror") == 1
+    assert_nothing_ran(notebook, browser)
+    print(f"\n{server.kind}: {len(answers)} hostile answers")
+
+    saved = json.dumps(notebook.save())
+    assert not re.search(r"widget-view\+json\W+:", saved)
+    notebook.close()
+    server.stop_kernels()
+    again = browser.open(server, "hostile.ipynb")
+    again.page.evaluate(GUARD)
+    assert again.page.evaluate("[...kn.panel().content.model.cells].every((cell) => cell.trusted)")
+    assert again.answer(len(answers)).rstrip().endswith("Done.")
+    again.page.wait_for_load_state("networkidle")
+    assert_nothing_ran(again, browser)

@@ -1,0 +1,39 @@
+"""What the strip leaves behind in real kernels: what took its place, and no widget."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.kernels import overlays
+from tests.kernels.driver import kernel
+
+pytestmark = pytest.mark.kernels
+
+OPEN_AND_CLOSE = """
+from IPython import get_ipython
+from kani_nb.notebook.stop_bus import StopBus
+from kani_nb.notebook.strip import LiveStrip
+strip = LiveStrip(lambda: None, StopBus(get_ipython()), linger_s=0.5)
+strip.open()
+strip.update("answering")
+print(len(get_ipython().kernel.comm_manager.comms))
+strip.close({"text/plain": "what took its place"})
+"""
+OPEN_COMMS = "len(get_ipython().kernel.comm_manager.comms)"
+
+
+@pytest.mark.parametrize("name", ["installed", *overlays.OVERLAYS])
+def test_its_output_is_replaced_and_its_widget_closed(name):
+    if name != "installed" and not overlays.is_installed(name):
+        pytest.skip(f"python -m tests.kernels.overlays installs {name}")
+    with kernel(None if name == "installed" else name) as running:
+        outcome = running.run(OPEN_AND_CLOSE)
+        assert outcome.status == "ok", outcome.text
+        shown, printed = outcome.outputs
+        assert shown["data"] == {"text/plain": "what took its place"}
+        assert int(printed["text"]) > 0
+        end = time.monotonic() + 20
+        while running.value(OPEN_COMMS) != "0":
+            assert time.monotonic() < end
