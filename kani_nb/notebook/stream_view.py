@@ -129,7 +129,8 @@ class StreamView:
             self._surface.write("".join(["\n" * bool(self._printed), *lines]))
             return
         turn = TurnText(
-            prompt=self._prompt,
+            # A prompt that was refused stands in the cell; a saved notebook need not hold it again, however long it is.
+            prompt=self._prompt if error is None else shortened(self._prompt, _LONGEST_PROMPT_IN_FRAMES),
             answer=text,
             answer_html=markdown_to_html(text),
             model=self._model,

@@ -370,3 +370,12 @@ def test_a_prompt_that_the_cell_shows_is_marked_for_the_front_end(screen, clock)
     view_on(screen, clock, is_prompt_above=True)
     assert "kani-nb-above" in screen.last["text/html"].split("</style>")[1]
     assert screen.last["text/plain"].startswith("You: hi")
+
+
+def test_a_prompt_that_was_refused_is_not_saved_again_however_long_it_is():
+    clock = Clock()
+    screen = Screen(clock)
+    view = StreamView("word " * 40_000, display=screen, clock=clock, kind=SurfaceKind.LIVE)
+    view.finish(error=GenerationError("too long"))
+    assert len(json.dumps(screen.last)) < 20_000
+    assert "198,000 more characters" in screen.last["text/plain"]
