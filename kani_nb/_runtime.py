@@ -6,57 +6,20 @@ loop; what is here can be called from any thread. It knows nothing of IPython.
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kani_nb._loop import LoopThread
-from kani_nb.config import EngineConfig
+from kani_nb._engines import EngineRoster, LoadedEngine, UnloadReport
 from kani_nb.conversation.session import ChatSession
 from kani_nb.conversation.store import ConversationStore, ConversationSummary, default_store_path
 from kani_nb.conversation.tree import Conversation
-from kani_nb.engines.base import BaseEngine, ProgressCallback
-from kani_nb.engines.registry import create_engine
-from kani_nb.engines.worker import Slot
-from kani_nb.errors import (
-    ConfigError,
-    ConversationBusyError,
-    ConversationError,
-    KaniNbError,
-    NoEngineError,
-    did_you_mean,
-)
+from kani_nb.errors import ConversationBusyError, ConversationError, did_you_mean
 from kani_nb.metrics.recorder import Recorder
 
-
-@dataclass(frozen=True, slots=True)
-class LoadedEngine:
-    """What `Runtime.load` did.
-
-    Attributes:
-        reused: an equal engine was loaded already, and nothing was done.
-        replaced: name of the engine that was freed for this one.
-    """
-
-    name: str
-    engine: BaseEngine
-    reused: bool = False
-    replaced: str | None = None
+__all__ = ["LoadedEngine", "Runtime", "UnloadReport", "runtime"]
 
 
-@dataclass(frozen=True, slots=True)
-class UnloadReport:
-    """What `Runtime.unload` freed; bytes of the process (CPU) or of the device's allocator (CUDA)."""
-
-    name: str
-    before_bytes: int
-    after_bytes: int
-    weight_bytes: int | None
-
-
-class Runtime:
+class Runtime(EngineRoster):
     """Engines by name, conversations, and what answers took.
 
     Attributes:
@@ -67,176 +30,15 @@ class Runtime:
     """
 
     def __init__(self, store_path: Path | None = None) -> None:
+        super().__init__()
         self.metrics = Recorder()
-        self.loop = LoopThread()
         self.notebook = ""
         self.saves = True
         self._store_path = store_path
         self._store: ConversationStore | None = None
-        self._lock = threading.RLock()
-        self._engines: dict[str, BaseEngine] = {}
-        self._configs: dict[str, EngineConfig] = {}
-        self._current: str | None = None
-        self._replaceable: str | None = None
-        self._slots: dict[str, Slot] = {}
-        self._load_lock: asyncio.Lock | None = None
         self._chats: dict[str, ChatSession] = {}
         self._chat: ChatSession | None = None
         self._resumed: str | None = None
-
-    # -- engines ---------------------------------------------------------------------------------------------------
-
-    @property
-    def engine(self) -> BaseEngine | None:
-        """The engine that answers, or None."""
-        return self._engines.get(self._current) if self._current is not None else None
-
-    @property
-    def engine_name(self) -> str:
-        """Name of the current engine, or an empty string."""
-        return self._current or ""
-
-    @property
-    def engines(self) -> dict[str, BaseEngine]:
-        """All engines by name; a copy."""
-        return dict(self._engines)
-
-    def config_of(self, name: str) -> EngineConfig | None:
-        """The configuration that an engine was loaded with; None for one of the user's own."""
-        return self._configs.get(name)
-
-    def need_engine(self, name: str | None = None) -> BaseEngine:
-        """The engine of that name, or the current one.
-
-        Raises:
-            NoEngineError: there is none.
-        """
-        if name is not None:
-            return self._engines[self._known(name)]
-        if self.engine is None:
-            raise NoEngineError("no engine is loaded", fix="%load_engine smollm2")
-        return self.engine
-
-    def use(self, engine: BaseEngine | str, name: str | None = None) -> BaseEngine:
-        """Make any engine the current one: one of your own, or a loaded one by its name.
-
-        Raises:
-            ConfigError: it is not a `BaseEngine`.
-            NoEngineError: no engine has that name.
-        """
-        if isinstance(engine, str):
-            self._current = self._known(engine)
-            return self._engines[engine]
-        if not isinstance(engine, BaseEngine):
-            raise ConfigError(
-                f"{engine!r} is not an engine", fix="rt.use(an instance of a subclass of kani_nb.BaseEngine)"
-            )
-        chosen = name or type(engine).__name__.removesuffix("Engine").lower() or "engine"
-        with self._lock:
-            self._engines[chosen] = engine
-            self._configs.pop(chosen, None)
-            self._current = chosen
-        return engine
-
-    async def load(
-        self, config: EngineConfig, *, name: str | None = None, progress: ProgressCallback | None = None
-    ) -> LoadedEngine:
-        """Load the engine that `config` describes and make it the current one.
-
-        An equal configuration that is loaded already is only made current. Without a `name` the engine that was loaded
-        without one is freed first, once the new one's files are known to be there.
-
-        Raises:
-            KaniNbError: it cannot be found, downloaded or loaded; as the engine's `load`.
-        """
-        return await self.loop.run(self._load(config, name, progress))
-
-    def load_sync(self, config: EngineConfig, **options: Any) -> LoadedEngine:
-        """`load`, blocking the calling thread."""
-        return self.loop.run_sync(self._load(config, options.get("name"), options.get("progress")))
-
-    async def _load(self, config: EngineConfig, name: str | None, progress: ProgressCallback | None) -> LoadedEngine:
-        if self._load_lock is None:
-            self._load_lock = asyncio.Lock()
-        async with self._load_lock:
-            for known, loaded in self._configs.items():
-                if loaded == config and name in (None, known) and self._engines[known].is_loaded:
-                    self._current = known
-                    return LoadedEngine(known, self._engines[known], reused=True)
-            engine = create_engine(config)
-            await engine.prepare(progress)
-            chosen = name or self._free_name(_short_name(config.model))
-            freed = [each for each in (chosen, self._replaceable if name is None else None) if each in self._engines]
-            lines = [self._configs[each].to_line() for each in freed if each in self._configs]
-            for each in dict.fromkeys(freed):
-                await self._unload(each)
-            try:
-                await engine.load(progress)
-            except KaniNbError as error:
-                if lines:
-                    note = f"{', '.join(dict.fromkeys(freed))} was freed for it: {lines[0]} brings it back"
-                    error.fix = f"{error.fix}\n  {note}" if error.fix else note
-                raise
-            self._share_slot(engine)
-            with self._lock:
-                self._engines[chosen] = engine
-                self._configs[chosen] = config
-                self._current = chosen
-                if name is None:
-                    self._replaceable = chosen
-            return LoadedEngine(chosen, engine, replaced=freed[0] if freed else None)
-
-    def _free_name(self, name: str) -> str:
-        """`name`, unless one of the user's own engines has it."""
-        taken = set(self._engines) - set(self._configs)
-        return name if name not in taken else next(f"{name}-{n}" for n in range(2, 99) if f"{name}-{n}" not in taken)
-
-    async def unload(self, name: str | None = None) -> UnloadReport:
-        """Free an engine (the current one by default) and say what that gave back.
-
-        Raises:
-            NoEngineError: there is none of that name.
-        """
-        return await self.loop.run(self._unload(name))
-
-    def unload_sync(self, name: str | None = None) -> UnloadReport:
-        """`unload`, blocking the calling thread."""
-        return self.loop.run_sync(self._unload(name))
-
-    async def _unload(self, name: str | None) -> UnloadReport:
-        self.need_engine(name)
-        chosen = name or self.engine_name
-        engine = self._engines[chosen]
-        memory = engine.memory()
-        device = memory.device if memory is not None else "cpu"
-        before = await asyncio.to_thread(_used_bytes, device)
-        await engine.close()
-        with self._lock:
-            self._engines.pop(chosen, None)
-            self._configs.pop(chosen, None)
-            if self._replaceable == chosen:
-                self._replaceable = None
-            if self._current == chosen:
-                self._current = next(reversed(self._engines), None)
-        after = await asyncio.to_thread(_used_bytes, device)
-        return UnloadReport(chosen, before, after, memory.weight_bytes if memory is not None else None)
-
-    def _known(self, name: str) -> str:
-        if name not in self._engines:
-            loaded = list(self._engines)
-            fix = did_you_mean(name, loaded) or (
-                f"loaded are {', '.join(loaded)}" if loaded else "%load_engine smollm2"
-            )
-            raise NoEngineError(f"no engine is called {name!r}", fix=fix)
-        return name
-
-    def _share_slot(self, engine: BaseEngine) -> None:
-        """Engines on one device take turns: two at once on the same cores or the same card are slower than in turn."""
-        memory = engine.memory()
-        if memory is not None and isinstance(getattr(engine, "slot", None), Slot):
-            engine.slot = self._slots.setdefault(memory.device, Slot())  # type: ignore[attr-defined]
-
-    # -- conversations ---------------------------------------------------------------------------------------------
 
     @property
     def store(self) -> ConversationStore | None:
@@ -409,23 +211,6 @@ class Runtime:
     def __repr__(self) -> str:
         """What is loaded."""
         return f"<Runtime: engine {self.engine_name or 'none'}, {len(self._chats)} open conversations>"
-
-
-def _short_name(model: str) -> str:
-    """What an engine is called when nobody named it: the last part of its model."""
-    name = model.split(":", 1)[0] if model.startswith("echo") else Path(model.rstrip("/\\")).name
-    return name or model
-
-
-def _used_bytes(device: str) -> int:
-    """Bytes that this process holds on `device`."""
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.memory_reserved(device))
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
 
 
 _RUNTIME: Runtime | None = None

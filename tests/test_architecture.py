@@ -16,7 +16,7 @@ ROWS = [
     {"functions", "hardware", "metrics"},
     {"engines"},
     {"conversation", "figures"},
-    {"_runtime", "compare", "doctor"},
+    {"_engines", "_runtime", "compare", "doctor"},
     {"serve"},
     {"notebook"},
 ]
@@ -28,7 +28,7 @@ ONLY_IN = {
     "anywidget": {"notebook"},
     "traitlets": {"notebook"},
     "plotly": {"figures"},
-    "torch": {"engines", "hardware", "metrics", "_runtime", "doctor"},
+    "torch": {"engines", "hardware", "metrics", "_engines", "doctor"},
     "transformers": {"engines", "hardware"},
 }
 HEAVY = {"torch", "transformers", "plotly", "ipywidgets", "anywidget", "accelerate", "bitsandbytes", "httpx", "gguf"}

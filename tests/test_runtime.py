@@ -88,7 +88,7 @@ def test_unloading_frees_and_the_engine_before_becomes_current(rt, tiny_model):
         rt.unload_sync("frist")
 
 
-def test_any_engine_of_ones_own_can_answer(rt):
+def test_any_engine_of_ones_own_can_answer(rt, tiny_model):
     class Shouting(BaseEngine):
         max_context_size = 1000
 
@@ -98,13 +98,25 @@ def test_any_engine_of_ones_own_can_answer(rt):
         async def predict(self, messages, functions=None, **hyperparams):
             return Completion(ChatMessage.assistant(messages[-1].text.upper()))
 
-    rt.use(Shouting(), name="echo")
+    rt.use(Shouting(), name="mine")
     assert rt.chat.ask_sync("hello").text == "HELLO"
-    other = rt.load_sync(EngineConfig("echo"))
-    assert other.name == "echo-2"
-    assert rt.use("echo").__class__ is Shouting
+    rt.load_sync(EngineConfig("echo"))
+    again = rt.load_sync(EngineConfig("mine"))
+    assert again.reused
+    assert rt.engine is again.engine is rt.engines["mine"]
+    rt.use(Shouting(), name="tiny")
+    assert rt.load_sync(config(tiny_model, max_context_size=64), name="other").name == "other"
+    assert isinstance(rt.use("tiny"), Shouting)
     with pytest.raises(ConfigError, match="3 is not an engine"):
         rt.use(3)
+
+
+def test_an_engine_of_ones_own_is_not_freed_for_a_model_of_the_same_name(rt):
+    own = EchoEngine()
+    rt.use(own, name="echo")
+    loaded = rt.load_sync(EngineConfig("echo:delay=0.01"))
+    assert loaded.name == "echo-2"
+    assert rt.engines["echo"] is own
 
 
 async def test_two_engines_on_one_device_take_turns(rt, tiny_model, sliding_model):

@@ -131,7 +131,7 @@ def idle_cpus(cpus: tuple[int, ...] | None = None, sample_s: float = 0.1) -> flo
     import psutil
 
     cpus = allowed_cpus() if cpus is None else cpus
-    busy = psutil.cpu_percent(interval=sample_s, percpu=True)
+    busy: list[float] = psutil.cpu_percent(interval=sample_s, percpu=True)
     return sum(max(0.0, 100.0 - busy[cpu]) / 100 for cpu in cpus if cpu < len(busy))
 
 
