@@ -42,7 +42,19 @@ OVERLAYS: dict[str, list[str]] = {
 
 #: What the engines stand on, as Google Colab has it: `PYTHONPATH=$(python -m tests.kernels.overlays models)`.
 MODEL_LIBRARIES = {
-    "models": ["transformers==5.15.0", "accelerate==1.14.0", "tokenizers==0.22.2", "huggingface-hub==1.33.0"],
+    "models": [
+        "transformers==5.15.0",
+        "accelerate==1.14.0",
+        "tokenizers==0.22.2",
+        "huggingface-hub==1.33.0",
+        "httpx==0.28.1",
+        "httpcore==1.0.9",
+        "h11==0.16.0",
+        "anyio==4.9.0",
+        "sniffio==1.3.1",
+        "idna==3.10",
+        "certifi==2025.8.3",
+    ],
 }
 
 
