@@ -1,4 +1,4 @@
-"""Other kinds of models: whatever their caches can do, the text is that of transformers' `generate`."""
+"""Other kinds of models: whatever their caches can do, the text is that of `generate` without a cache."""
 
 import pytest
 
@@ -89,7 +89,7 @@ def kind(request, tmp_path):
     return save_model(tmp_path, model, tokenizer), mode
 
 
-async def test_turns_retries_and_edits_give_the_text_of_generate(kind):
+async def test_turns_retries_and_edits_give_the_text_of_generate_without_a_cache(kind):
     import torch
 
     folder, mode = kind
@@ -100,7 +100,9 @@ async def test_turns_retries_and_edits_give_the_text_of_generate(kind):
     async def check(messages):
         completion = await engine.predict(messages, do_sample=False, max_new_tokens=12)
         ids = torch.tensor([engine.prompt_ids(messages)])
-        theirs = engine.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        # Without a cache: with one, transformers 5.15 itself errs where longrope changes its factors.
+        options = {"do_sample": False, "max_new_tokens": 12, "use_cache": False}
+        theirs = engine.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         expected = engine.tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True)
         assert completion.message.text == expected
         return completion
