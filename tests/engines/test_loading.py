@@ -7,6 +7,7 @@ import pytest
 
 from kani_nb import ChatMessage
 from kani_nb.engines.base import FinishReason
+from kani_nb.engines.huggingface.loading import chunk_size
 from kani_nb.errors import GenerationError, ModelFilesError
 from tests.conftest import make_model
 from tests.engines.asking import answer, engine_of
@@ -87,3 +88,17 @@ def test_two_loops_can_load_one_engine_at_once(tiny_model):
         assert not thread.is_alive()
     assert not errors
     assert engine.is_loaded
+
+
+def test_the_pieces_of_a_prompt_depend_on_the_model_and_the_kind_of_device_only():
+    sizes = {
+        (name, is_gpu, is_half): chunk_size(parameters, is_gpu=is_gpu, is_half=is_half)
+        for name, parameters in {"135M": 135e6, "1B": 1e9, "7B": 7e9}.items()
+        for is_gpu in (False, True)
+        for is_half in (False, True)
+    }
+    assert sizes["135M", False, True] == 128
+    assert sizes["135M", False, False] == 64
+    assert sizes["7B", False, True] == 8
+    assert sizes["7B", True, True] == 256
+    assert all(size & (size - 1) == 0 for size in sizes.values())
