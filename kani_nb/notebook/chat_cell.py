@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from kani_nb._interrupts import Interrupted, InterruptGuard
-from kani_nb._waiting import Call
+from kani_nb._waiting import Call, do_nothing
 from kani_nb.errors import GenerationError
 from kani_nb.messages import MessagePart
 
@@ -29,7 +29,6 @@ def run_answer(
     session: ChatSession,
     open_stream: OpenStream,
     make_view: Callable[[], StreamView | None],
-    pump: Callable[[], None],
 ) -> ChatReply:
     """Run one round to its end on the calling thread, and return its reply.
 
@@ -37,8 +36,7 @@ def run_answer(
         loop: where the session lives.
         session: whose `interrupt` ends the round.
         open_stream: makes the session's stream, on the loop.
-        make_view: opens the output; None for a quiet round.
-        pump: called every 30 ms while waiting.
+        make_view: opens the output, which is pumped while waiting; None for a quiet round.
 
     Raises:
         Interrupted: an interrupt came; what there was of the answer has been committed and shown.
@@ -46,17 +44,12 @@ def run_answer(
     """
     with InterruptGuard() as guard:
         view = make_view()
-
-        def pump_all() -> None:
-            pump()
-            if view is not None:
-                view.pump()
-
+        pump = do_nothing if view is None else view.pump
         call = None
         reply: ChatReply | None = None
         failure: BaseException | None = None
         try:
-            call = Call(loop, _consume(open_stream, view), guard, pump=pump_all, ask_to_end=session.interrupt)
+            call = Call(loop, _consume(open_stream, view), guard, pump=pump, ask_to_end=session.interrupt)
             reply = call.result()
         except BaseException as error:
             failure = error

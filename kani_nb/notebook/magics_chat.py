@@ -12,7 +12,6 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 
 from kani_nb._interrupts import InterruptGuard
 from kani_nb._runtime import Runtime, runtime
-from kani_nb._waiting import do_nothing
 from kani_nb.config import GENERATION_OPTIONS, GenerationParams, LineParser, split_generation
 from kani_nb.errors import ConfigError, ConversationBusyError, PromptError, StoreError
 from kani_nb.notebook.chat_cell import OpenStream, is_blank, prompt_of, run_answer
@@ -149,7 +148,7 @@ class ChatMagics(Magics):
         def make_view() -> StreamView | None:
             return None if is_quiet else self._view(session, prompt, rt.engine_name)
 
-        return run_answer(rt.loop, session, open_stream, make_view, do_nothing)
+        return run_answer(rt.loop, session, open_stream, make_view)
 
     def _view(self, session: ChatSession, prompt: Prompt, model: str) -> StreamView:
         from kani_nb.notebook.stream_view import StreamView
