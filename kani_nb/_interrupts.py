@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -40,7 +38,6 @@ class InterruptGuard:
         self._previous: Any = None
         self._arrived = 0
         self._taken = 0
-        self._raises = False
 
     def __enter__(self) -> Self:
         """Replace Python's handler; an interrupt before that raises with nothing begun."""
@@ -60,7 +57,7 @@ class InterruptGuard:
             raise Interrupted
 
     def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
-        if self._raises or self._arrived - self._taken >= _PATIENCE:
+        if self._arrived - self._taken >= _PATIENCE:
             raise KeyboardInterrupt
         self._arrived += 1
 
@@ -75,12 +72,3 @@ class InterruptGuard:
             return False
         self._taken = self._arrived
         return True
-
-    @contextmanager
-    def raising(self) -> Iterator[None]:
-        """A stretch in which an interrupt raises as usual, for code that is not ours."""
-        self._raises = True
-        try:
-            yield
-        finally:
-            self._raises = False

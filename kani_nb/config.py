@@ -80,15 +80,6 @@ class GenerationParams:
                 raise ConfigError(f"unknown generation parameter {name!r}", fix=hint)
         return replace(base or cls(), **renamed)
 
-    def to_kwargs(self) -> dict[str, Any]:
-        """Only what differs from the defaults."""
-        default = GenerationParams()
-        return {
-            each.name: getattr(self, each.name)
-            for each in fields(self)
-            if getattr(self, each.name) != getattr(default, each.name)
-        }
-
 
 def _tuple_of(kind: type, name: str, value: Any) -> tuple[Any, ...]:
     """One value of that kind, or several, as a tuple."""

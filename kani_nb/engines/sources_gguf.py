@@ -33,12 +33,6 @@ class GgufHeader:
         """llama.cpp's name of the model family."""
         return str(self.metadata.get("general.architecture", ""))
 
-    @property
-    def context_length(self) -> int | None:
-        """The model's own window, in tokens."""
-        value = self.metadata.get(f"{self.architecture}.context_length")
-        return value if isinstance(value, int) else None
-
 
 class _DamagedError(Exception):
     pass

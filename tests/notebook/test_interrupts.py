@@ -31,13 +31,6 @@ def test_the_third_unanswered_interrupt_raises_at_once():
     assert reached == [0, 1]
 
 
-def test_code_that_is_not_ours_is_interrupted_as_usual():
-    with InterruptGuard() as guard:
-        with pytest.raises(KeyboardInterrupt), guard.raising():
-            signal.raise_signal(signal.SIGINT)
-        assert not guard.is_pending
-
-
 def test_on_another_thread_it_does_nothing():
     before = signal.getsignal(signal.SIGINT)
     seen = []
