@@ -10,7 +10,6 @@ import asyncio
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kani_nb._loop import LoopThread
 from kani_nb.config import EngineConfig
@@ -127,9 +126,11 @@ class EngineRoster:
         """
         return await self.loop.run(self._load(config, name, progress))
 
-    def load_sync(self, config: EngineConfig, **options: Any) -> LoadedEngine:
+    def load_sync(
+        self, config: EngineConfig, *, name: str | None = None, progress: ProgressCallback | None = None
+    ) -> LoadedEngine:
         """`load`, blocking the calling thread."""
-        return self.loop.run_sync(self._load(config, options.get("name"), options.get("progress")))
+        return self.loop.run_sync(self._load(config, name, progress))
 
     async def _load(self, config: EngineConfig, name: str | None, progress: ProgressCallback | None) -> LoadedEngine:
         if self._load_lock is None:
@@ -145,15 +146,16 @@ class EngineRoster:
             engine = create_engine(config)
             await engine.prepare(progress)
             chosen = name or self._free_name(_short_name(config.model))
-            freed = [each for each in (chosen, self._replaceable if name is None else None) if each in self._engines]
+            replaceable = self._replaceable if name is None else None
+            freed = [each for each in dict.fromkeys((chosen, replaceable)) if each in self._engines]
             lines = [self._configs[each].to_line() for each in freed if each in self._configs]
-            for each in dict.fromkeys(freed):
+            for each in freed:
                 await self._unload(each)
             try:
                 await engine.load(progress)
             except KaniNbError as error:
                 if lines:
-                    note = f"{', '.join(dict.fromkeys(freed))} was freed for it: {lines[0]} brings it back"
+                    note = f"{', '.join(freed)} was freed for it: {lines[0]} brings it back"
                     error.fix = f"{error.fix}\n  {note}" if error.fix else note
                 raise
             self._share_slot(engine)
