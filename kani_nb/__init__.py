@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kani_nb._runtime import Runtime, runtime
-    from kani_nb.config import EngineConfig, GenerationParams
+    from kani_nb.config import EngineConfig
     from kani_nb.engines.base import BaseCompletion, BaseEngine, Completion, TextDelta
     from kani_nb.engines.echo import EchoEngine
     from kani_nb.engines.huggingface import HuggingEngine
@@ -29,7 +29,7 @@ _HOMES = {
     "EchoEngine": "kani_nb.engines.echo",
     "EngineConfig": "kani_nb.config",
     "GenerationMetrics": "kani_nb.metrics.recorder",
-    "GenerationParams": "kani_nb.config",
+    "GenerationParams": "kani_nb.generation_params",
     "HuggingEngine": "kani_nb.engines.huggingface",
     "KaniNbError": "kani_nb.errors",
     "Runtime": "kani_nb._runtime",

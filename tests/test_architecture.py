@@ -12,7 +12,19 @@ import kani_nb
 PACKAGE = Path(kani_nb.__file__).parent
 #: A module may import from its own row and from those above it.
 ROWS = [
-    {"errors", "messages", "config", "_loop", "_interrupts", "_waiting", "_secrets", "_arguments"},
+    {
+        "errors",
+        "messages",
+        "config",
+        "generation_params",
+        "options",
+        "quantization",
+        "_loop",
+        "_interrupts",
+        "_waiting",
+        "_secrets",
+        "_arguments",
+    },
     {"functions", "hardware", "metrics"},
     {"engines"},
     {"conversation", "figures"},

@@ -4,8 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kani_nb.config import DTYPES, EngineConfig, GenerationParams, parse_config, split_words
+from kani_nb.config import EngineConfig, parse_config
 from kani_nb.errors import ConfigError, near_misses
+from kani_nb.generation_params import GenerationParams
+from kani_nb.options import split_words
+from kani_nb.quantization import DTYPES, STORAGES, Quantization
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12).filter(str.strip)
 PARAMS = st.builds(
@@ -21,16 +24,33 @@ PARAMS = st.builds(
     stop_strings=st.lists(WORDS, max_size=3),
     eos_token_id=st.none() | st.lists(st.integers(0, 10**6), min_size=1, max_size=3),
 )
+QUANTIZATIONS = st.builds(
+    Quantization,
+    scheme=st.sampled_from(["none", "int8", "nf4"]) | WORDS,
+    double_quant=st.none() | st.booleans(),
+    compute_dtype=st.sampled_from(DTYPES),
+    quant_storage=st.none() | st.sampled_from(STORAGES),
+    group_size=st.none() | st.sampled_from([32, 64, 128]),
+    llm_int8_threshold=st.none() | st.floats(0, 100),
+    llm_int8_skip_modules=st.none() | st.lists(WORDS, max_size=3),
+    llm_int8_has_fp16_weight=st.none() | st.booleans(),
+    llm_int8_enable_fp32_cpu_offload=st.none() | st.booleans(),
+)
 CONFIGS = st.builds(
     EngineConfig,
     model=WORDS,
     revision=st.none() | WORDS,
     dtype=st.sampled_from(DTYPES),
+    quantization=QUANTIZATIONS,
     device=st.none() | st.sampled_from(["cpu", "cuda:1"]),
     device_map=st.none() | st.just('{"": 0, "lm_head": "cpu"}'),
     max_context_size=st.none() | st.integers(1, 10**7),
     cache_gib=st.none() | st.floats(0, 100),
     threads=st.none() | st.integers(1, 99),
+    max_memory=st.none() | st.just("0=10GiB,cpu=30GiB"),
+    allow_offload=st.booleans(),
+    offload_folder=st.none() | WORDS,
+    cache_quantized=st.booleans(),
     local_only=st.booleans(),
     trust_remote_code=st.booleans(),
     generation=PARAMS,

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kani_nb.config import DEFAULT_MAX_NEW_TOKENS, GenerationParams
 from kani_nb.conversation.tree import Turn
 from kani_nb.engines.base import BaseEngine, prompt_len
 from kani_nb.errors import PromptError, PromptTooLongError
+from kani_nb.generation_params import DEFAULT_MAX_NEW_TOKENS, GenerationParams
 from kani_nb.messages import ChatMessage
 
 #: How many windows are tried beyond one that the template refuses.

@@ -13,10 +13,11 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Self
 
-from kani_nb.config import EngineConfig, GenerationParams
+from kani_nb.config import EngineConfig
 from kani_nb.engines.base import BaseEngine, Completion, FinishReason, PrefillProgress, StreamEvent, TextDelta
 from kani_nb.engines.worker import Slot
 from kani_nb.errors import ConfigError, GenerationError, PromptTooLongError
+from kani_nb.generation_params import GenerationParams
 from kani_nb.messages import ChatMessage, ChatRole
 
 _WORD = re.compile(r"\s*\S+|\s+$")

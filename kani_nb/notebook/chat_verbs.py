@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kani_nb._runtime import runtime
-from kani_nb.config import GENERATION_OPTIONS, GenerationParams, LineParser, split_generation
+from kani_nb.config import split_options
 from kani_nb.errors import ConfigError, ConversationError, PromptError
+from kani_nb.generation_params import GenerationParams
 from kani_nb.metrics.recorder import GenerationMetrics
 from kani_nb.notebook.interpolation import interpolate
 from kani_nb.notebook.shell import front_end
 from kani_nb.notebook.tables import one_line, print_text, text_table
 from kani_nb.notebook.verbs import Verb, VerbTable, required, unquoted, whole_number
+from kani_nb.options import GENERATION_OPTIONS, LineParser
 
 if TYPE_CHECKING:
     from kani_nb.conversation.session import ChatReply, ChatSession, Prompt
@@ -147,7 +149,7 @@ class _Changes:
         parser.add_argument("number", nargs="?")
         args = parser.parse_line(rest)
         number = whole_number(args.number or "", "%chat retry [K]")
-        params = split_generation(vars(args))
+        params = split_options(vars(args), "generation")
         GenerationParams.from_kwargs(params)
         session = self._ready()
         prompt = session.conversation.turn_at(number).prompt
@@ -159,7 +161,7 @@ class _Changes:
         number = whole_number(first, usage)
         assert number is not None
         words, text = _leading_options(text.strip())
-        params = split_generation(vars(_generation_parser("%chat edit").parse_line(words)))
+        params = split_options(vars(_generation_parser("%chat edit").parse_line(words)), "generation")
         GenerationParams.from_kwargs(params)
         if not text:
             raise PromptError("the new text is empty", fix=usage)

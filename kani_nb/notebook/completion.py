@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kani_nb.config import GENERATION_OPTIONS, LOAD_OPTIONS, Option
+from kani_nb.options import GENERATION_OPTIONS, LOAD_OPTIONS, Option
 
 NameSource = Callable[[], Sequence[str]]
 _MOST_PATHS = 200

@@ -12,8 +12,9 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 
 from kani_nb._interrupts import InterruptGuard
 from kani_nb._runtime import Runtime, runtime
-from kani_nb.config import GENERATION_OPTIONS, GenerationParams, LineParser, split_generation
+from kani_nb.config import split_options
 from kani_nb.errors import ConfigError, ConversationBusyError, PromptError, StoreError
+from kani_nb.generation_params import GenerationParams
 from kani_nb.notebook.chat_cell import OpenStream, is_blank, prompt_of, run_answer
 from kani_nb.notebook.chat_verbs import chat_verbs
 from kani_nb.notebook.interpolation import interpolate
@@ -23,6 +24,7 @@ from kani_nb.notebook.shell import cell_ref, ends_source, front_end
 from kani_nb.notebook.short_errors import short_errors
 from kani_nb.notebook.stats import figure_of, metrics_of
 from kani_nb.notebook.tables import print_text
+from kani_nb.options import GENERATION_OPTIONS, LineParser
 
 if TYPE_CHECKING:
     from kani_nb.conversation.session import ChatReply, ChatSession, Prompt
@@ -112,7 +114,7 @@ class ChatMagics(Magics):
             print_text(parser.format_help() + "\n" + _EXAMPLES)
             return
         _check(args)
-        params = split_generation(vars(args))
+        params = split_options(vars(args), "generation")
         GenerationParams.from_kwargs(params)  # a bad value is refused before anything is changed
         rt = runtime()
         rt.need_engine(args.engine)

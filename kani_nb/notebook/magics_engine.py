@@ -14,7 +14,7 @@ from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from kani_nb._interrupts import Interrupted, InterruptGuard
 from kani_nb._runtime import LoadedEngine, Runtime, UnloadReport, runtime
 from kani_nb._waiting import Call
-from kani_nb.config import LineParser, config_from_args, load_parser
+from kani_nb.config import config_from_args, load_parser
 from kani_nb.errors import ConfigError, KaniNbError
 from kani_nb.notebook.holders import forget_tracebacks, holders_of, watch
 from kani_nb.notebook.secrets import refuse_secrets
@@ -23,6 +23,7 @@ from kani_nb.notebook.short_errors import short_errors
 from kani_nb.notebook.stat_line import size
 from kani_nb.notebook.tables import one_line, print_text, text_table
 from kani_nb.notebook.verbs import Verb, VerbTable, required, unquoted
+from kani_nb.options import LineParser
 
 if TYPE_CHECKING:
     from kani_nb.engines.base import BaseEngine

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import kani_nb
 from kani_nb._arguments import in_plain_words
 from kani_nb._secrets import holds_secret, without_secrets
-from kani_nb.config import LOAD_OPTIONS
 from kani_nb.errors import ConfigError, KaniNbError, did_you_mean
+from kani_nb.options import LOAD_OPTIONS
 
 #: What a shell shows for a process that an interrupt ended.
 _INTERRUPTED = 130

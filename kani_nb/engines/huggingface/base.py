@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Self
 
-from kani_nb.config import EngineConfig, GenerationParams, dtype_name
+from kani_nb.config import EngineConfig
 from kani_nb.engines.base import (
     BaseEngine,
     EngineMemory,
@@ -25,7 +25,9 @@ from kani_nb.engines.base import (
 )
 from kani_nb.engines.worker import Slot, iterate_in_thread, run_in_thread
 from kani_nb.errors import ConfigError, GenerationError, KaniNbError
+from kani_nb.generation_params import GenerationParams
 from kani_nb.messages import ChatMessage
+from kani_nb.quantization import dtype_name
 
 if TYPE_CHECKING:
     from kani_nb.engines.huggingface.generation import LoadedModel

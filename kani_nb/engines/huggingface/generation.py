@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from kani_nb.config import GenerationParams
 from kani_nb.engines.base import Completion, FinishReason, PrefillProgress, StreamEvent, TextDelta
 from kani_nb.engines.huggingface.driving import CacheMode, Driving, forward
 from kani_nb.engines.huggingface.prefix_cache import CacheEntry, PrefixCache
@@ -21,6 +20,7 @@ from kani_nb.engines.huggingface.prompting import AnswerMemory
 from kani_nb.engines.huggingface.sampling import Sampler
 from kani_nb.engines.huggingface.text_stream import Detokenizer, StopStrings
 from kani_nb.errors import PromptTooLongError
+from kani_nb.generation_params import GenerationParams
 from kani_nb.messages import ChatMessage
 
 Emit = Callable[[StreamEvent], None]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from kani_nb.config import GenerationParams
+from kani_nb.generation_params import GenerationParams
 
 #: What transformers samples among where neither the request nor the model says.
 _TOP_K = 50
