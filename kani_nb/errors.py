@@ -10,7 +10,8 @@
     │   ├── ModelFilesError      the files are there and wrong (no weights, truncated, wrong sha256, pickle)
     │   ├── MissingDependencyError  an optional library is not installed
     │   ├── GenerationError      something failed inside generation
-    │   └── OutOfMemoryError     also a MemoryError
+    │   ├── OutOfMemoryError     also a MemoryError
+    │   └── DoesNotFitError      refused before loading: it needs more memory than there is
     ├── PromptError              the prompt cannot be given to this model
     │   └── PromptTooLongError
     └── ConversationError
@@ -87,6 +88,10 @@ class GenerationError(EngineError):
 
 class OutOfMemoryError(EngineError, MemoryError):
     """The device's memory did not suffice; what the attempt held has been freed."""
+
+
+class DoesNotFitError(EngineError):
+    """More memory is needed than there is; nothing was loaded."""
 
 
 class PromptError(KaniNbError):

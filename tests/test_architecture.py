@@ -28,7 +28,7 @@ ROWS = [
     {"functions", "hardware", "metrics"},
     {"engines"},
     {"conversation", "figures"},
-    {"_engines", "_runtime", "compare", "doctor"},
+    {"_engines", "_runtime", "auto_choice", "compare", "doctor", "plan_text", "planning", "precision_advice"},
     {"serve"},
     {"notebook"},
 ]

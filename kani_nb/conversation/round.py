@@ -99,6 +99,7 @@ class Round:
     _peak: tuple[int | None, str] = (None, "rss")
     _memory: EngineMemory | None = None
     _free_bytes: int | None = None
+    _spilled_bytes: int = 0
 
     def stop(self, reason: str) -> bool:
         """End the answer as it is. Called from any thread; False when it has ended or was stopped already."""
@@ -266,11 +267,13 @@ class Round:
     async def measure_memory(self) -> None:
         """Ask the engine what it holds now, and its device what is left."""
         from kani_nb.hardware.devices import free_bytes
+        from kani_nb.hardware.spill import spilled_bytes
 
         try:
             self._memory = await asyncio.to_thread(self.request.engine.memory)
             if self._memory is not None:
                 self._free_bytes = await asyncio.to_thread(free_bytes, self._memory.device)
+                self._spilled_bytes = await asyncio.to_thread(spilled_bytes, *self._memory.placement)
         except Exception as error:  # noqa: BLE001 - the engine's own; it must not cost the answer
             self.notices.append(Notice(f"the engine could not say what memory it holds: {error!r}"))
 
@@ -311,6 +314,8 @@ class Round:
             weight_bytes=self._memory.weight_bytes if self._memory else None,
             kv_bytes=self._memory.kv_bytes if self._memory else None,
             free_bytes=self._free_bytes,
+            placement=self._memory.placement if self._memory else {},
+            spilled_bytes=self._spilled_bytes,
             context_tokens=context_tokens,
             max_context_size=self.request.engine.max_context_size or None,
             finish_reason=(reason.value if reason else "stop") if completion else self.stop_reason or "cancelled",

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
@@ -156,11 +156,24 @@ ProgressCallback = Callable[[LoadProgress], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
-    """What an engine holds, in bytes, and on which device (`cpu`, `cuda:0`)."""
+    """What an engine holds, in bytes, and on which device (`cpu`, `cuda:0`).
+
+    Attributes:
+        shares: bytes of the weights by device (`disk` too), where they lie on several; empty where they do not.
+    """
 
     weight_bytes: int
     kv_bytes: int
     device: str
+    shares: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def placement(self) -> dict[str, float]:
+        """Share of the weights' bytes by device, the largest first; they sum to 1."""
+        held = {name: count for name, count in self.shares.items() if count > 0} or {self.device: self.weight_bytes}
+        total = sum(held.values())
+        ordered = sorted(held.items(), key=lambda each: -each[1])
+        return {name: count / total for name, count in ordered} if total > 0 else {}
 
 
 class BaseEngine(ABC):  # noqa: B024 - which of stream and predict is defined is seen when it is called

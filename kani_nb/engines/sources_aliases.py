@@ -34,6 +34,8 @@ _TABLE = (
     Alias("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct", "Apache-2.0", 494_000_000),
     Alias("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B-Instruct", "Apache-2.0", 1_540_000_000),
     Alias("qwen2.5-7b", "Qwen/Qwen2.5-7B-Instruct", "Apache-2.0", 7_620_000_000),
+    Alias("qwen2.5-14b", "Qwen/Qwen2.5-14B-Instruct", "Apache-2.0", 14_800_000_000),
+    Alias("qwen2.5-32b", "Qwen/Qwen2.5-32B-Instruct", "Apache-2.0", 32_800_000_000),
     Alias("qwen3-0.6b", "Qwen/Qwen3-0.6B", "Apache-2.0", 596_000_000),
     Alias("qwen3-1.7b", "Qwen/Qwen3-1.7B", "Apache-2.0", 1_720_000_000),
     Alias("qwen3-4b", "Qwen/Qwen3-4B-Instruct-2507", "Apache-2.0", 4_020_000_000),

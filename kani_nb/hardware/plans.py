@@ -24,6 +24,7 @@ class Budget:
         bandwidth_bytes_per_s: how fast its memory is read; None where that is not known.
         compute_capability: of a CUDA device.
         cpu_features: flags of a CPU that schemes look at.
+        is_here: it is a device of this machine, and not one that was only named.
     """
 
     name: str
@@ -33,6 +34,12 @@ class Budget:
     bandwidth_bytes_per_s: float | None = None
     compute_capability: tuple[int, int] | None = None
     cpu_features: tuple[str, ...] = ()
+    is_here: bool = True
+
+    @property
+    def kind(self) -> str:
+        """`cuda`, `mps`, `cpu` or `disk`."""
+        return self.name.partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +76,9 @@ class PlanRow:
         disk_bytes: of the checkpoint, to download and keep.
         shares: by device, in the order they are filled.
         device_map: the map it would take, blocks to devices; one entry `""` for a single device.
-        fits: within the budgets, nothing offloaded.
+        fits: within the budgets, nothing offloaded that was not put aside by hand.
+        has_headroom: it would fit with a tenth less memory, too.
+        most_context_tokens: the longest context that fits, at most the model's window; 0 where none does.
         why_not: one sentence when it does not fit or cannot run.
         notes: what was decided on the way, for example that bfloat16 became float16.
         ceiling_tokens_per_s: bandwidth over the bytes that one token reads; None where the bandwidth is not known.
@@ -91,6 +100,8 @@ class PlanRow:
     shares: tuple[Share, ...] = ()
     device_map: dict[str, str] = field(default_factory=dict)
     fits: bool = False
+    has_headroom: bool = False
+    most_context_tokens: int = 0
     why_not: str = ""
     notes: tuple[str, ...] = ()
     ceiling_tokens_per_s: float | None = None
@@ -115,6 +126,8 @@ class PlanRow:
             "devices": {share.device: share.peak_bytes for share in self.shares},
             "device_map": self.device_map,
             "fits": self.fits,
+            "has_headroom": self.has_headroom,
+            "most_context_tokens": self.most_context_tokens,
             "why_not": self.why_not,
             "notes": list(self.notes),
             "ceiling_tokens_per_s": self.ceiling_tokens_per_s,
@@ -147,6 +160,16 @@ class Plan:
     def best(self) -> PlanRow | None:
         """The recommended row."""
         return self.rows[self.recommended] if self.recommended is not None else None
+
+    @property
+    def kind(self) -> str:
+        """`cuda`, `mps` or `cpu`: the kind of the device that is filled first."""
+        return self.budgets[0].kind if self.budgets else ""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What can hold the model without offloading: all devices of that kind together."""
+        return sum(each.usable_bytes for each in self.budgets if each.kind == self.kind)
 
     def row(self, label: str) -> PlanRow | None:
         """The row of that label or scheme."""

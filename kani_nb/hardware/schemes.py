@@ -45,6 +45,7 @@ class Scheme:
         min_capability: lowest CUDA compute capability.
         cpu_features: flags of the CPU that it is fast with (any of them); without them it still runs.
         knobs: the settings of `Quantization` that it takes.
+        quantizes: the kinds of tensors that it quantizes (`shapes.TensorKind`), the head left out.
         quantizes_head: whether the output head is quantized too; an embedding tied to it stays, beside the copy.
         in_multiple: what the inputs of a quantized linear must be a multiple of; others see `leaves_odd_shapes`.
         out_multiple: the same for its outputs.
@@ -62,6 +63,7 @@ class Scheme:
     min_capability: tuple[int, int] | None = None
     cpu_features: tuple[str, ...] = ()
     knobs: frozenset[str] = frozenset()
+    quantizes: frozenset[str] = frozenset({"linear"})
     quantizes_head: bool = False
     in_multiple: int = 1
     out_multiple: int = 1

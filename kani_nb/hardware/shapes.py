@@ -1,6 +1,7 @@
-"""What a model is made of, read from its configuration alone: tensors, cache layers, and what must stay together.
+"""What a model is made of, as records: tensors, cache layers, and what must stay together.
 
-The model is built on the meta device, where tensors have shapes and no memory. Nothing here counts bytes or decides.
+Read from a configuration by `hardware.shape_reading`; `hardware.arithmetic` makes bytes of them. Nothing here counts
+bytes or decides, and no library is needed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ TensorKind = Literal["linear", "embedding", "head", "experts", "other"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorShape:
-    """One parameter or buffer that a checkpoint fills; those that share storage are listed once.
+    """One parameter or buffer of a model; those that share storage are listed once.
 
     Attributes:
         name: its full name, `model.layers.0.mlp.up_proj.weight`.
@@ -21,11 +22,16 @@ class TensorShape:
         block: the part of a device map that it moves with, `model.layers.0`.
         kind: `linear` weights can be quantized; `head` is the output head; `experts` are several matrices in one tensor.
         elements: how many numbers it holds.
-        out_features, in_features: of a linear weight; 0 for the rest.
+        out_features, in_features: of a linear weight, a head, or one matrix of `experts`; 0 where no scheme could
+            quantize it.
+        matrices: how many matrices it holds: 1, or the number of experts.
         active: the share that one token reads: 1, or experts per token over experts; 0 for an embedding that is only
             looked up.
-        is_kept_float32: transformers keeps it in float32, whatever dtype is asked for.
-        is_computed: a buffer that no checkpoint holds and no dtype changes (rotary frequencies); float32.
+        is_kept_float32: stays in float32, whatever dtype is asked for.
+        is_kept_from_float16: is float32 where float16 is asked for, and otherwise follows.
+        is_computed: a buffer that no checkpoint holds (rotary frequencies).
+        own_bytes: bytes of one number where no dtype changes it (float32 frequencies, int64 positions); 0 where it
+            follows the model's dtype.
     """
 
     name: str
@@ -35,9 +41,12 @@ class TensorShape:
     elements: int
     out_features: int = 0
     in_features: int = 0
+    matrices: int = 1
     active: float = 1.0
     is_kept_float32: bool = False
+    is_kept_from_float16: bool = False
     is_computed: bool = False
+    own_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +55,19 @@ class CacheLayer:
 
     Attributes:
         block: the part of a device map that it moves with.
-        elements_per_token: numbers kept of each token, keys and values together.
+        elements_per_token: numbers kept of each token, keys and values together; 0 where it uses another layer's.
         window: most tokens that are kept (sliding window or chunk); None keeps all.
-        fixed_elements: numbers kept whatever the length (the state of a recurrent layer).
+        fixed_elements: numbers kept in the model's dtype whatever the length (the state of a recurrent layer).
+        fixed_float32_elements: the same, kept in float32 whatever the dtype.
+        can_quantize: a quantized KV cache quantizes it: plain keys and values.
     """
 
     block: str
     elements_per_token: int
     window: int | None = None
     fixed_elements: int = 0
+    fixed_float32_elements: int = 0
+    can_quantize: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +82,10 @@ class ModelShape:
         blocks: the parts of a device map in the order they run.
         has_tied_head: the head is the embedding; it then is no tensor of its own.
         prequantized: the checkpoint's own `quantization_config` as a dict, or None.
+        default_skips: modules that bitsandbytes leaves alone unless told otherwise: the head, and what is tied.
+        constant_skips: modules that it leaves alone whatever it is told.
+        attention: transformers' name of the attention function: `sdpa`, `eager`, ...
+        experts, experts_per_token: of a mixture of experts; else 0.
     """
 
     name: str
@@ -84,6 +101,11 @@ class ModelShape:
     blocks: tuple[str, ...]
     has_tied_head: bool
     prequantized: dict[str, object] | None = None
+    default_skips: tuple[str, ...] = ()
+    constant_skips: tuple[str, ...] = ()
+    attention: str = "sdpa"
+    experts: int = 0
+    experts_per_token: int = 0
 
     @property
     def parameters(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, overload
 
 
@@ -30,6 +30,8 @@ class GenerationMetrics:
         peak_source: `cuda` (the allocator's peak) or `rss` (the process's resident memory).
         weight_bytes, kv_bytes: the engine's own, after the answer.
         free_bytes: free memory of the device after the answer.
+        placement: share of the weights' bytes by device, `{"cuda:0": 0.62, "cpu": 0.38}`; empty where it is not known.
+        spilled_bytes: what the driver has put into main memory by itself, at least (Windows, WSL).
         seed: what the answer was sampled with; the same seed gives the same answer.
         finish_reason: `stop`, `length`, `tool_calls`, `cancelled` (stopped), `interrupted` or `error`.
     """
@@ -49,6 +51,8 @@ class GenerationMetrics:
     weight_bytes: int | None = None
     kv_bytes: int | None = None
     free_bytes: int | None = None
+    placement: dict[str, float] = field(default_factory=dict)
+    spilled_bytes: int = 0
     context_tokens: int | None = None
     max_context_size: int | None = None
     finish_reason: str = ""

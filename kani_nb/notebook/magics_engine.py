@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import weakref
 from argparse import Namespace
 from concurrent.futures import CancelledError
@@ -16,18 +14,18 @@ from kani_nb._runtime import LoadedEngine, Runtime, UnloadReport, runtime
 from kani_nb._waiting import Call
 from kani_nb.config import config_from_args, load_parser
 from kani_nb.errors import ConfigError, KaniNbError
+from kani_nb.notebook.engine_verbs import EngineVerbs, details_of
 from kani_nb.notebook.holders import forget_tracebacks, holders_of, watch
 from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.notebook.settings import KaniNB
 from kani_nb.notebook.short_errors import short_errors
 from kani_nb.notebook.stat_line import size
-from kani_nb.notebook.tables import one_line, print_text, text_table
-from kani_nb.notebook.verbs import Verb, VerbTable, required, unquoted
+from kani_nb.notebook.tables import print_text
+from kani_nb.notebook.verbs import unquoted
 from kani_nb.options import LineParser
 
 if TYPE_CHECKING:
-    from kani_nb.engines.base import BaseEngine
-    from kani_nb.engines.sources import ModelSource
+    pass
 
 _EXAMPLES = """\
 Examples:
@@ -62,17 +60,8 @@ class EngineMagics(Magics):
     def __init__(self, shell: Any, settings: KaniNB) -> None:
         super().__init__(shell)
         self._settings = settings
-        self.verbs = VerbTable(
-            "%engine",
-            [
-                Verb("list", "the engines that are loaded", self._list),
-                Verb("info", "what the current engine is and holds", self._info),
-                Verb("use NAME", "let another loaded engine answer", self._use),
-                Verb("stats", "what this conversation's answers took", self._stats),
-                Verb("prefetch MODEL", "download a model without loading it", self._prefetch, parses=True),
-            ],
-            examples=["%engine use second", "%engine prefetch qwen3-0.6b"],
-        )
+        self._verbs = EngineVerbs(shell, settings)
+        self.verbs = self._verbs.table
 
     @no_var_expand
     @line_magic
@@ -103,7 +92,7 @@ class EngineMagics(Magics):
         given = {name for name, value in vars(args).items() if value not in (None, False)}
         if given:
             raise ConfigError("no model was named", fix="%load_engine smollm2, followed by the options")
-        self._list("")
+        self.verbs.dispatch("list")
         print_text("%load_engine MODEL loads another: smollm2, org/model, a folder, FILE.gguf. --help shows more.")
 
     def _load(self, rt: Runtime, args: Namespace) -> None:
@@ -180,85 +169,6 @@ class EngineMagics(Magics):
         refuse_secrets(line)
         self.verbs.dispatch(line)
 
-    def _list(self, _rest: str) -> None:
-        rt = runtime()
-        if not rt.engines:
-            print_text("No engine is loaded. %load_engine smollm2 loads a small one that runs anywhere.")
-            return
-        rows = []
-        for name, engine in rt.engines.items():
-            memory = engine.memory()
-            held = (
-                "" if memory is None else f"{size(memory.weight_bytes)} + {size(memory.kv_bytes)} KV on {memory.device}"
-            )
-            config = rt.config_of(name)
-            line = f"your own: {type(engine).__name__}" if config is None else config.to_line()
-            rows.append(("*" if name == rt.engine_name else "", name, held, line))
-        print_text(text_table(("", "name", "memory", "loaded with"), rows))
-
-    def _info(self, _rest: str) -> None:
-        rt = runtime()
-        engine = rt.need_engine()
-        config = rt.config_of(rt.engine_name)
-        lines = {
-            "name": rt.engine_name,
-            "loaded with": "" if config is None else config.to_line(),
-            "engine": repr(engine),
-            "context": f"{engine.max_context_size:,} tokens" if engine.is_loaded and engine.max_context_size else "",
-        }
-        memory = engine.memory()
-        if memory is not None:
-            lines["memory"] = (
-                f"weights {size(memory.weight_bytes)}, KV cache {size(memory.kv_bytes)}, on {memory.device}"
-            )
-        for key, value in details_of(engine).items():
-            name, is_bytes = key.removesuffix("_bytes").replace("_", " "), key.endswith("_bytes")
-            lines.setdefault(name, size(value) if is_bytes and isinstance(value, int) else str(value))
-        print_text(text_table(None, [(key, value) for key, value in lines.items() if value]))
-
-    def _use(self, rest: str) -> None:
-        name = unquoted(required(rest, "%engine use NAME"))
-        runtime().use(name)
-        print_text(f"{name} answers from now on.")
-
-    def _stats(self, _rest: str) -> None:
-        from kani_nb.notebook.stats import show_stats
-
-        show_stats(self.shell, runtime().chat, draws=self._settings.plot != "never")
-
-    def _prefetch(self, rest: str) -> None:
-        from kani_nb.engines.sources import prefetch
-        from kani_nb.notebook.load_view import LoadView
-
-        parser = LineParser(prog="%engine prefetch", add_help=False)
-        parser.add_argument("model", metavar="MODEL")
-        parser.add_argument("--revision")
-        args = parser.parse_line(required(rest, "%engine prefetch MODEL"))
-        with InterruptGuard() as guard:
-            view = LoadView(args.model)
-            cancelled = threading.Event()
-            source: ModelSource | None = None
-            failure: BaseException | None = None
-            fetching = asyncio.to_thread(
-                prefetch, args.model, view.progress, revision=args.revision, cancelled=cancelled
-            )
-            call: Call[ModelSource] | None = None
-            try:
-                call = Call(runtime().loop, fetching, guard, pump=view.pump, ask_to_end=cancelled.set)
-                source = call.result()
-            except BaseException as error:
-                failure = error
-                is_expected = isinstance(error, (Interrupted, CancelledError, KaniNbError))
-                if call is not None and call.was_interrupted and is_expected:
-                    kept = "what came is kept, and the next time goes on from there"
-                    failure = Interrupted(f"interrupted; {args.model} was not downloaded: {kept}")
-                    raise failure from None
-                raise
-            finally:
-                found = "" if source is None else f"{source.origin}, {size(source.size_bytes)}"
-                note = "on this disk" if failure is None else f"was not downloaded: {one_line(str(failure), 200)}"
-                view.finish(origin=found, note=note)
-
 
 def _outcome(loaded: LoadedEngine | None, line: str) -> dict[str, Any]:
     """What the last frame says of a load that succeeded."""
@@ -278,12 +188,6 @@ def _outcome(loaded: LoadedEngine | None, line: str) -> dict[str, Any]:
         "memory_bytes": memory.weight_bytes if memory is not None else None,
         "note": note,
     }
-
-
-def details_of(engine: BaseEngine) -> dict[str, Any]:
-    """What an engine says of itself, if it does."""
-    details = getattr(engine, "details", None)
-    return dict(details()) if callable(details) else {}
 
 
 def _answering(rt: Runtime) -> str:

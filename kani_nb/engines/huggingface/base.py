@@ -7,12 +7,12 @@ the modules beside this one. Blocking work runs in threads; the event loop only 
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 import time
-import traceback
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from kani_nb.config import EngineConfig
@@ -23,19 +23,21 @@ from kani_nb.engines.base import (
     ProgressCallback,
     StreamEvent,
 )
+from kani_nb.engines.huggingface.arguments import LoadRequest, device_map_of, read_arguments, split_arguments
+from kani_nb.engines.huggingface.prepared import Prepared
 from kani_nb.engines.worker import Slot, iterate_in_thread, run_in_thread
-from kani_nb.errors import ConfigError, GenerationError, KaniNbError
+from kani_nb.errors import GenerationError, KaniNbError
 from kani_nb.generation_params import GenerationParams
 from kani_nb.messages import ChatMessage
 from kani_nb.quantization import dtype_name
 
 if TYPE_CHECKING:
     from kani_nb.engines.huggingface.generation import LoadedModel
-    from kani_nb.engines.huggingface.loading import LoadRequest
     from kani_nb.engines.huggingface.prefix_cache import PrefixCache
-    from kani_nb.engines.huggingface.prompting import AnswerMemory, ChatTemplate
+    from kani_nb.engines.huggingface.prompting import AnswerMemory
 
-_GIB = 2**30
+#: Fields of a configuration that are not passed on under their own name and as they are.
+_CHANGED = ("model", "max_context_size", "device_map")
 
 
 class HuggingEngine(BaseEngine):
@@ -46,8 +48,14 @@ class HuggingEngine(BaseEngine):
         max_context_size: tokens of prompt and answer together; None is the model's own window.
         token: for gated repositories; None looks in the environment, the saved login and Colab's Secrets.
         device: `cuda`, `cuda:1`, `mps` or `cpu`; None takes the best there is.
+        quantization: the name of a scheme (`nf4`, `int8`, `cpu-int8`, ...), a `Quantization`, a `BitsAndBytesConfig` or
+            a dict of its arguments. A checkpoint that is quantized already is loaded as it is.
         dtype: `auto` (the checkpoint's), `float32`, `bfloat16`, `float16`, or a torch dtype.
-        device_map: accelerate's, for models over several devices.
+        device_map: `auto`, `balanced`, `sequential`, a device, or a dict from modules to devices.
+        max_memory: most of each device: a dict as accelerate takes it, or `0=10GiB,cpu=30GiB`.
+        allow_offload: let what does not fit run from main memory or the disk; without it, it is refused before loading.
+        offload_folder: where weights go that are offloaded to the disk and cannot be read where they are.
+        cache_quantized: keep a quantized copy of the weights on the disk, and take it the next time.
         tokenizer_cls, model_cls: classes to use instead of the automatic ones.
         tokenizer_kwargs, model_load_kwargs: passed on to their `from_pretrained`; never changed.
         chat_template_kwargs: further variables of the chat template.
@@ -58,11 +66,13 @@ class HuggingEngine(BaseEngine):
         cache_gib: GiB of KV states kept for reuse; None is one full context (at most a quarter of the free memory), 0
         none.
         threads: CPU threads; None chooses for the machine and its load.
-        generation: defaults of every answer; `generation_defaults` are laid over them.
-        generation_defaults: generation parameters under transformers' names, for example `temperature=0.7`.
+        generation: defaults of every answer.
+        settings: of the scheme (`double_quant`, `compute_dtype`, `quant_storage`, `group_size`, `llm_int8_threshold`,
+            `llm_int8_skip_modules`, ...; also `load_in_4bit` and others in transformers 4's way), and generation
+            parameters under transformers' names, laid over `generation`: `temperature=0.7`.
 
     Raises:
-        ConfigError: an unknown generation parameter, or a value outside its range.
+        ConfigError: an unknown scheme or parameter, a setting the scheme does not have, or a value outside its range.
     """
 
     def __init__(
@@ -71,9 +81,14 @@ class HuggingEngine(BaseEngine):
         max_context_size: int | None = None,
         *,
         token: str | None = None,
-        device: str | None = None,
+        quantization: Any = None,
         dtype: Any = "auto",
+        device: str | None = None,
         device_map: Any = None,
+        max_memory: Any = None,
+        allow_offload: bool = False,
+        offload_folder: str | None = None,
+        cache_quantized: bool = False,
         tokenizer_cls: Any = None,
         model_cls: Any = None,
         tokenizer_kwargs: dict[str, Any] | None = None,
@@ -86,68 +101,48 @@ class HuggingEngine(BaseEngine):
         cache_gib: float | None = None,
         threads: int | None = None,
         generation: GenerationParams | None = None,
-        **generation_defaults: Any,
+        **settings: Any,
     ) -> None:
-        if device is not None and device_map is not None:
-            raise ConfigError(
-                f"device={device!r} and device_map={device_map!r} exclude each other", fix="give one of them"
-            )
-        old_names = {name: generation_defaults.pop(name, None) for name in ("torch_dtype", "use_auth_token")}
+        precision, generation_defaults = split_arguments(settings)
         self.model_id = str(model_id)
         self.generation = GenerationParams.from_kwargs(generation_defaults, generation)
         self.slot = Slot()
-        self._asked_context = max_context_size
-        self._token = token or (old_names["use_auth_token"] if isinstance(old_names["use_auth_token"], str) else None)
-        self._device = device
-        self._device_map = device_map
-        self._dtype = dtype_name(old_names["torch_dtype"] or dtype)
-        self._tokenizer_cls = tokenizer_cls
-        self._model_cls = model_cls
-        self._tokenizer_kwargs = dict(tokenizer_kwargs or {})
-        self._model_load_kwargs = dict(model_load_kwargs or {})
-        self._template_kwargs = dict(chat_template_kwargs or {})
-        self._revision = revision
-        self._local_only = local_only
-        self._trust_remote_code = trust_remote_code
-        self._allow_pickle = allow_pickle
         self._cache_gib = cache_gib
-        self._threads = threads
-        self._lock = threading.Lock()  # of the lazily made parts below, which several threads may ask for
-        self._tokenizer_lock = threading.RLock()
-        self._request: LoadRequest | None = None
-        self._tokenizer: Any = None
-        self._template: ChatTemplate | None = None
-        self._memory: AnswerMemory | None = None
+        asked = LoadRequest(
+            name=self.model_id,
+            dtype=dtype_name(dtype),
+            device=device,
+            device_map=device_map,
+            max_memory=max_memory,
+            allow_offload=allow_offload,
+            offload_folder=offload_folder,
+            cache_quantized=cache_quantized,
+            max_context_size=max_context_size,
+            threads=threads,
+            token=token,
+            revision=revision,
+            local_only=local_only,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            tokenizer_cls=tokenizer_cls,
+            model_cls=model_cls,
+            tokenizer_kwargs=dict(tokenizer_kwargs or {}),
+            model_load_kwargs=dict(model_load_kwargs or {}),
+        )
+        self._asked = read_arguments(asked, quantization, precision)
+        self._prepared = Prepared(self._asked, dict(chat_template_kwargs or {}))
         self._loaded: LoadedModel | None = None
         self._cache: PrefixCache | None = None
+        self._weights: tuple[int, ...] = ()  # fingerprints: of the weights that the cached states belong to,
+        self._weights_loaded: tuple[int, ...] = ()  # and of those that were loaded
         self._loading = Slot()
         self._running: tuple[threading.Event, threading.Event] | None = None  # (stop, has ended) of the present answer
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Self:
         """The engine that a `%load_engine` line describes."""
-        device_map: Any = config.device_map
-        if device_map is not None and device_map.lstrip().startswith("{"):
-            import json
-
-            try:
-                device_map = json.loads(device_map)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"device_map is {config.device_map!r}", why=f"it is not JSON: {error}") from None
-        return cls(
-            config.model,
-            config.max_context_size,
-            device=config.device,
-            dtype=config.dtype,
-            device_map=device_map,
-            revision=config.revision,
-            local_only=config.local_only,
-            trust_remote_code=config.trust_remote_code,
-            allow_pickle=config.allow_pickle,
-            cache_gib=config.cache_gib,
-            threads=config.threads,
-            generation=config.generation,
-        )
+        same = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in _CHANGED}
+        return cls(config.model, config.max_context_size, device_map=device_map_of(config.device_map), **same)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -164,30 +159,30 @@ class HuggingEngine(BaseEngine):
     @property
     def tokenizer(self) -> Any:
         """The transformers tokenizer; loaded alone when it is asked for before `load`."""
-        return self._need_tokenizer()
+        return self._prepared.tokenizer()
 
     @property
     def origin(self) -> str:
         """Where the weights came from, in a sentence; empty before they were found."""
-        return self._request.origin if self._request is not None else ""
+        return self._prepared.origin
 
     @property
     def max_context_size(self) -> int:  # type: ignore[override]
         """Tokens of prompt and answer together. Before `load` it reads the model's configuration."""
         if self._loaded is not None:
             return self._loaded.context_tokens
-        if self._asked_context is not None:
-            return self._asked_context
-        from kani_nb.engines.huggingface.loading import context_of, load_config
+        if self._asked.max_context_size is not None:
+            return self._asked.max_context_size
+        from kani_nb.engines.huggingface.loading import context_of
 
-        request = self._need_request()
-        return context_of(load_config(request), None, request.name)
+        return context_of(self._prepared.config(), None, self.model_id)
 
     def memory(self) -> EngineMemory | None:
         """Bytes of the weights and of all KV states; None before `load`."""
         if self._loaded is None or self._cache is None:
             return None
-        return EngineMemory(self._loaded.weight_bytes, self._cache.nbytes, self._loaded.device)
+        loaded = self._loaded
+        return EngineMemory(loaded.weight_bytes, self._cache.nbytes, loaded.device, loaded.held_bytes)
 
     def details(self) -> dict[str, Any]:
         """What was decided when the model was loaded: device, dtype, threads, sizes."""
@@ -196,14 +191,7 @@ class HuggingEngine(BaseEngine):
         return {
             "model": self.model_id,
             "loaded": True,
-            "origin": self._loaded.origin,
-            "device": self._loaded.device,
-            "dtype": self._loaded.dtype,
-            "threads": self._loaded.threads,
-            "context_tokens": self._loaded.context_tokens,
-            "chunk_tokens": self._loaded.chunk_tokens,
-            "cache_mode": self._loaded.driving.mode.value,
-            "weight_bytes": self._loaded.weight_bytes,
+            **self._loaded.details(),
             "kv_budget_bytes": self._cache.budget_bytes,
             "max_new_tokens": self.generation.max_new_tokens,
         }
@@ -212,7 +200,7 @@ class HuggingEngine(BaseEngine):
         """The model and whether it is loaded; never a module tree or a token."""
         if self._loaded is None:
             return f"{type(self).__name__}({self.model_id!r}, not loaded)"
-        return f"{type(self).__name__}({self.model_id!r}, {self._loaded.dtype} on {self._loaded.device})"
+        return f"{type(self).__name__}({self.model_id!r}, {self._loaded.placing.words})"
 
     # -- loading and freeing ---------------------------------------------------------------------------------------
 
@@ -222,16 +210,8 @@ class HuggingEngine(BaseEngine):
         Raises:
             UnknownModelError, ModelUnavailableError, ModelFilesError, ConfigError: as their names say.
         """
-        await run_in_thread(lambda cancelled: self._prepare(progress or _ignore, cancelled), name="kani-nb-prepare")
-
-    def _prepare(self, report: ProgressCallback, cancelled: threading.Event) -> None:
-        from kani_nb.engines.huggingface.loading import check_device, context_of, load_config
-
-        request = self._need_request(report, cancelled)
-        report(LoadProgress("tokenizer", request.name))
-        self._need_tokenizer()
-        context_of(load_config(request), self._asked_context, request.name)
-        check_device(self._device)
+        report = progress or (lambda _: None)
+        await run_in_thread(lambda cancelled: self._prepared.check(report, cancelled), name="kani-nb-prepare")
 
     async def load(self, progress: ProgressCallback | None = None) -> None:
         """Load the weights. Cancelling returns at once; weights that still arrive are dropped.
@@ -243,7 +223,7 @@ class HuggingEngine(BaseEngine):
         try:
             if self._loaded is not None:
                 return
-            report = progress or _ignore
+            report = progress or (lambda _: None)
             await self.prepare(report)
             started = time.monotonic()
             loaded = await run_in_thread(
@@ -255,28 +235,26 @@ class HuggingEngine(BaseEngine):
             self._loading.release()
 
     def _load_weights(self, report: ProgressCallback, cancelled: threading.Event) -> LoadedModel:
-        from kani_nb.engines.huggingface import loading
+        from kani_nb.engines.huggingface import library_errors, loading
 
-        request = self._need_request(report, cancelled)
+        request = self._prepared.request(report, cancelled)
         try:
-            tokenizer = self._need_tokenizer()
+            tokenizer = self._prepared.tokenizer()
             with loading.one_at_a_time(request.name, cancelled):
-                return loading.load_model(request, tokenizer, self._tokenizer_lock, report, cancelled)
+                lock = self._prepared.tokenizer_lock
+                return loading.load_model(request, tokenizer, lock, report, cancelled, self._prepared.shape)
         except KaniNbError as error:
-            _forget_frames(error)
-            loading.free_memory()
+            library_errors.forget_frames(error)
+            library_errors.free_memory()
             raise
 
     def _adopt(self, loaded: LoadedModel) -> None:
-        from kani_nb.engines.huggingface.kv_layers import full_context_bytes
-        from kani_nb.engines.huggingface.prefix_cache import PrefixCache
-        from kani_nb.hardware.devices import free_bytes
+        from kani_nb.engines.huggingface.prefix_cache import PrefixCache, cache_budget
+        from kani_nb.engines.huggingface.weights import fingerprint
 
-        if self._cache_gib is not None:
-            budget = int(self._cache_gib * _GIB)
-        else:
-            budget = min(full_context_bytes(loaded.model, loaded.context_tokens), free_bytes(loaded.device) // 4)
-        self._cache = PrefixCache(loaded.model.config, budget)
+        budget = cache_budget(loaded.model, loaded.context_tokens, loaded.device, self._cache_gib)
+        self._cache = PrefixCache(loaded.model.config, budget, loaded.context_tokens)
+        self._weights = self._weights_loaded = fingerprint(loaded.model)
         self._loaded = loaded
 
     async def close(self) -> None:
@@ -289,58 +267,76 @@ class HuggingEngine(BaseEngine):
             stop, has_ended = running
             stop.set()
             await asyncio.to_thread(has_ended.wait)
-        from kani_nb.engines.huggingface.loading import free_memory
+        from kani_nb.engines.huggingface.library_errors import free_memory
 
         await asyncio.to_thread(free_memory)
 
-    def _need_request(
-        self, progress: ProgressCallback | None = None, cancelled: threading.Event | None = None
-    ) -> LoadRequest:
-        with self._lock:
-            if self._request is None:
-                from kani_nb.engines import sources
-                from kani_nb.engines.huggingface.loading import LoadRequest
+    # -- keeping ---------------------------------------------------------------------------------------------------
 
-                source = sources.resolve(
-                    self.model_id,
-                    revision=self._revision,
-                    local_only=self._local_only,
-                    allow_pickle=self._allow_pickle,
-                    token=self._token,
-                    progress=progress,
-                    cancelled=cancelled,
-                )
-                self._request = LoadRequest(
-                    folder=source.folder,
-                    gguf_file=source.gguf_file,
-                    origin=source.origin,
-                    name=self.model_id,
-                    dtype=self._dtype,
-                    device=self._device,
-                    device_map=self._device_map,
-                    max_context_size=self._asked_context,
-                    threads=self._threads,
-                    trust_remote_code=self._trust_remote_code,
-                    allow_pickle=self._allow_pickle,
-                    tokenizer_cls=self._tokenizer_cls,
-                    model_cls=self._model_cls,
-                    tokenizer_kwargs=self._tokenizer_kwargs,
-                    model_load_kwargs=self._model_load_kwargs,
-                )
-            return self._request
+    async def save(self, folder: str | Path) -> Path:
+        """Write the model as it was loaded, with its tokenizer, into a new or empty folder; the folder.
 
-    def _need_tokenizer(self) -> Any:
-        request = self._need_request()
-        with self._lock:
-            if self._tokenizer is None:
-                from kani_nb.engines.huggingface.loading import load_tokenizer
-                from kani_nb.engines.huggingface.prompting import AnswerMemory, ChatTemplate
+        It loads again from there without any argument, and answers in the same way.
 
-                tokenizer = load_tokenizer(request)
-                self._template = ChatTemplate(tokenizer, request.name, self._template_kwargs)
-                self._memory = AnswerMemory(tokenizer)
-                self._tokenizer = tokenizer
-            return self._tokenizer
+        Raises:
+            ConfigError: the folder is not empty, or what was loaded can no longer be had exactly; it says why.
+        """
+        from kani_nb.engines.huggingface import saving
+
+        return await self._with_weights(
+            "saving",
+            lambda loaded: saving.save_model(loaded.model, loaded.tokenizer, Path(folder), **self._origin_of(loaded)),
+        )
+
+    async def push_to_hub(self, repo_id: str, *, private: bool = False, commit_message: str | None = None) -> str:
+        """Put what `save` writes into a repository of the Hub, which is made if need be; its address.
+
+        Raises:
+            ConfigError: as `save`.
+            GatedModelError, ModelUnavailableError: the Hub refuses, or cannot be reached.
+        """
+        from kani_nb.engines.huggingface import saving
+
+        options: dict[str, Any] = {"token": self._asked.token, "private": private, "commit_message": commit_message}
+        return await self._with_weights(
+            "saving",
+            lambda loaded: saving.push_model(
+                loaded.model, loaded.tokenizer, repo_id, **options, **self._origin_of(loaded)
+            ),
+        )
+
+    def _origin_of(self, loaded: LoadedModel) -> dict[str, Any]:
+        """Where the weights came from, and how to have them once more as they were."""
+        from kani_nb.engines.huggingface.loading import load_again
+        from kani_nb.engines.huggingface.weights import fingerprint
+
+        request = self._prepared.request()
+        return {
+            "source": request.folder,
+            "reload": lambda: load_again(request, loaded),
+            "weights_changed": fingerprint(loaded.model) != self._weights_loaded,
+        }
+
+    async def log_probs(self, ids: Sequence[int]) -> Any:
+        """What the model expects after each of `ids`: natural-log probabilities `(T, V) float32` on the CPU.
+
+        Raises:
+            PromptTooLongError, ConfigError, GenerationError, OutOfMemoryError: as their names say.
+        """
+        from kani_nb.engines.huggingface.probing import log_probs
+
+        return await self._with_weights("reading a text", lambda loaded: log_probs(loaded, ids))
+
+    async def _with_weights(self, doing: str, work: Callable[[LoadedModel], Any]) -> Any:
+        """What `work` makes of the loaded model, in a thread that holds the slot."""
+        if self._loaded is None:
+            await self.load()
+
+        def run(cancelled: threading.Event) -> Any:
+            with self._in_use(cancelled, doing):
+                return work(self._parts()[0])
+
+        return await run_in_thread(run, name="kani-nb-work", slot=self.slot)
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
@@ -350,19 +346,16 @@ class HuggingEngine(BaseEngine):
         Raises:
             PromptError: the template refuses these messages, or there is none.
         """
-        self._need_tokenizer()
-        assert self._template is not None
-        return self._template.encode(messages, functions)
+        return self._prepared.encode(messages, functions)
 
     def prompt_ids(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
         """The token ids that the model is given, its earlier answers in the very tokens it generated."""
         from kani_nb.engines.huggingface.prompting import call_build_prompt, ids_of
 
-        tokenizer = self._need_tokenizer()
-        assert self._memory is not None
-        with self._tokenizer_lock:
+        tokenizer, memory = self._prepared.tokenizer(), self._prepared.memory()
+        with self._prepared.tokenizer_lock:
             ids = ids_of(call_build_prompt(self.build_prompt, messages, functions), tokenizer)
-            return self._memory.restore(ids)
+            return memory.restore(ids)
 
     def prompt_len(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None, **kwargs: Any) -> int:
         """Exactly the tokens of the prompt that `stream` would compute for `messages`."""
@@ -393,9 +386,9 @@ class HuggingEngine(BaseEngine):
                 yield event
 
     def _parts(self) -> tuple[LoadedModel, PrefixCache, AnswerMemory]:
-        if self._loaded is None or self._cache is None or self._memory is None:
+        if self._loaded is None or self._cache is None:
             raise GenerationError(f"{self.model_id} was unloaded meanwhile", fix=f"%load_engine {self.model_id}")
-        return self._loaded, self._cache, self._memory
+        return self._loaded, self._cache, self._prepared.memory()
 
     def _generate(
         self,
@@ -407,41 +400,40 @@ class HuggingEngine(BaseEngine):
         queued_s: float,
     ) -> None:
         """One answer, in the thread that holds the slot."""
-        from kani_nb.engines.huggingface import loading
         from kani_nb.engines.huggingface.generation import Generation
+
+        with self._in_use(stop, "answering"):
+            loaded, cache, memory = self._parts()
+            ids = self.prompt_ids(messages, functions)
+            Generation(loaded, ids, params, cache, memory, stop).run(emit, queued_s)
+
+    @contextmanager
+    def _in_use(self, stop: threading.Event, doing: str) -> Iterator[None]:
+        """While the model computes, in the thread that holds the slot: `close` waits, and failures become short."""
+        from kani_nb.engines.huggingface import library_errors
+        from kani_nb.engines.huggingface.weights import fingerprint
 
         has_ended = threading.Event()
         self._running = (stop, has_ended)
         cache = self._cache
         try:
-            loaded, cache, memory = self._parts()
+            loaded, cache, _ = self._parts()
             if loaded.threads is not None:
                 import torch
 
                 torch.set_num_threads(loaded.threads)  # a thread's own setting
-            ids = self.prompt_ids(messages, functions)
-            Generation(loaded, ids, params, cache, memory, stop).run(emit, queued_s)
+            if (now := fingerprint(loaded.model)) != self._weights:
+                cache.clear()  # states of other weights
+                self._weights = now
+            yield
         except KaniNbError:
             raise
         except Exception as error:
-            _forget_frames(error)
-            if cache is not None and loading.is_out_of_memory(error):
+            library_errors.forget_frames(error)
+            if cache is not None and library_errors.is_out_of_memory(error):
                 cache.clear()
-                raise loading.out_of_memory(f"{self.model_id} was answering") from None
-            raise GenerationError(f"{self.model_id} failed while answering", why=loading.short(error)) from error
+                raise library_errors.out_of_memory(f"{self.model_id} was {doing}") from None
+            raise GenerationError(f"{self.model_id} failed while {doing}", why=library_errors.short(error)) from error
         finally:
             self._running = None
             has_ended.set()
-
-
-def _forget_frames(error: BaseException) -> None:
-    """Let go of the tensors that a traceback's frames still hold; the lines stay."""
-    if error.__traceback__ is not None and sys.exc_info()[1] is not None:
-        traceback.clear_frames(error.__traceback__)
-    for earlier in (error.__cause__, error.__context__):
-        if earlier is not None:
-            _forget_frames(earlier)
-
-
-def _ignore(progress: LoadProgress) -> None:
-    """Progress that nobody asked for."""

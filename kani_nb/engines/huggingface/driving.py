@@ -57,10 +57,13 @@ class Driving:
         return self.rope_boundary is not None and tokens > self.rope_boundary
 
 
-def forward(model: Any, driving: Driving, cache: Any, tokens: Sequence[int], start: int, device: str) -> Any:
+def forward(
+    model: Any, driving: Driving, cache: Any, tokens: Sequence[int], start: int, device: str, keep: int | None = None
+) -> Any:
     """The logits `(1, V)` after `tokens`, the first of which is at position `start`; `cache` then holds their states.
 
-    Without a cache `tokens` must be the whole sequence.
+    Without a cache `tokens` must be the whole sequence. With `keep` the logits after each of the last so many tokens,
+    `(1, keep, V)`.
     """
     import torch
 
@@ -68,7 +71,7 @@ def forward(model: Any, driving: Driving, cache: Any, tokens: Sequence[int], sta
     if cache is not None:
         options[driving.argument] = cache
     if driving.keeps_few_logits:
-        options["logits_to_keep"] = 1
+        options["logits_to_keep"] = keep or 1
     if driving.passes_positions:
         end = start + len(tokens)
         accepted = inspect.signature(model.forward).parameters
@@ -77,7 +80,7 @@ def forward(model: Any, driving: Driving, cache: Any, tokens: Sequence[int], sta
         if "attention_mask" in accepted:
             options["attention_mask"] = torch.ones((1, end), dtype=torch.long, device=device)
     output = model(input_ids=torch.tensor([tokens], device=device), **options)
-    return output.logits[:, -1, :]
+    return output.logits[:, -1, :] if keep is None else output.logits[:, -keep:, :]
 
 
 def find_driving(model: Any, device: str) -> Driving:

@@ -15,6 +15,7 @@ from typing import Any
 
 from kani_nb.engines.base import Completion, FinishReason, PrefillProgress, StreamEvent, TextDelta
 from kani_nb.engines.huggingface.driving import CacheMode, Driving, forward
+from kani_nb.engines.huggingface.placing import Placing
 from kani_nb.engines.huggingface.prefix_cache import CacheEntry, PrefixCache
 from kani_nb.engines.huggingface.prompting import AnswerMemory
 from kani_nb.engines.huggingface.sampling import Sampler
@@ -36,7 +37,9 @@ class LoadedModel:
         context_tokens: tokens of prompt and answer that the model can hold.
         chunk_tokens: tokens of a prompt that are computed in one forward pass.
         device: where the input ids go, for example `cpu` or `cuda:0`.
+        held_bytes: bytes of weights and scales by device; `disk` among them.
         driving: how the model's forward is called.
+        placing: where it was put and in what precision, and why.
     """
 
     model: Any
@@ -47,10 +50,33 @@ class LoadedModel:
     chunk_tokens: int
     device: str
     dtype: str
-    weight_bytes: int
+    held_bytes: dict[str, int]
     origin: str
     threads: int | None
     driving: Driving
+    placing: Placing
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights and their scales, on whatever device."""
+        return sum(self.held_bytes.values())
+
+    def details(self) -> dict[str, Any]:
+        """What was decided when it was loaded, for people."""
+        placing = self.placing
+        return {
+            "origin": self.origin,
+            "device": self.device,
+            "dtype": self.dtype,
+            "quantization": placing.quantization.label,
+            "threads": self.threads,
+            "context_tokens": self.context_tokens,
+            "chunk_tokens": self.chunk_tokens,
+            "cache_mode": self.driving.mode.value,
+            "weight_bytes": self.weight_bytes,
+            "planned_weight_bytes": placing.row.weight_bytes if placing.row is not None else None,
+            "notes": "; ".join(placing.notes),
+        }
 
 
 class Generation:

@@ -24,8 +24,9 @@ def _growing_layer_class() -> Any:  # noqa: C901 - one class and its methods
     class GrowingLayer(DynamicLayer):
         """A full-attention layer in a buffer `(B, H, capacity, D)`; `keys` and `values` are views `(B, H, T, D)`."""
 
-        def __init__(self) -> None:
+        def __init__(self, limit_tokens: int | None = None) -> None:
             super().__init__()
+            self._limit_tokens = limit_tokens
             self._buffers: tuple[Any, Any] | None = None
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -45,6 +46,8 @@ def _growing_layer_class() -> Any:  # noqa: C901 - one class and its methods
 
         def _grow(self, key_states: Any, value_states: Any, length: int, needed: int) -> None:
             capacity = needed + max(_SPARE_TOKENS, needed // 8)
+            if self._limit_tokens is not None:
+                capacity = max(needed, min(capacity, self._limit_tokens))
             buffers = []
             for states, old in ((key_states, self.keys), (value_states, self.values)):
                 buffer = states.new_empty((*states.shape[:-2], capacity, states.shape[-1]))
@@ -60,7 +63,7 @@ def _growing_layer_class() -> Any:  # noqa: C901 - one class and its methods
 
         def head_copy(self, length: int) -> GrowingLayer:
             """A new layer with a copy of the first `length` tokens."""
-            other = GrowingLayer()
+            other = GrowingLayer(self._limit_tokens)
             if self.is_initialized and length:
                 other.update(self.keys[..., :length, :], self.values[..., :length, :])
             return other
@@ -74,13 +77,19 @@ def _growing_layer_class() -> Any:  # noqa: C901 - one class and its methods
     return GrowingLayer
 
 
-def new_cache(config: Any) -> Any:
-    """An empty cache for a model: growing layers for full attention, transformers' own for the rest."""
+def new_cache(config: Any, limit_tokens: int | None = None) -> Any:
+    """An empty cache for a model: growing layers for full attention, transformers' own for the rest.
+
+    Args:
+        config: the model's.
+        limit_tokens: the longest sequence it will hold. Buffers get no room beyond it, so that a full cache takes what
+            the memory plan says and not an eighth more.
+    """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     cache = DynamicCache(config=config)
     growing = _growing_layer_class()
-    cache.layers = [growing() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [growing(limit_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -146,15 +155,17 @@ def fork(cache: Any, length: int) -> Any:
 
 
 def nbytes(cache: Any) -> int:
-    """Bytes that the cache's tensors take, spare room included."""
+    """Bytes that the cache's tensors take, spare room included; storages that are shared count once."""
     growing = _growing_layer_class()
+    storages: dict[int, int] = {}
     total = 0
     for layer in cache.layers:
         if type(layer) is growing:
             total += layer.nbytes()
         else:
-            total += sum(_tensor_bytes(value) for value in vars(layer).values())
-    return total
+            for value in vars(layer).values():
+                _add_storages(value, storages)
+    return total + sum(storages.values())
 
 
 def full_context_bytes(model: Any, context_tokens: int) -> int:
@@ -185,9 +196,14 @@ def bytes_per_token(cache: Any) -> int:
     return total
 
 
-def _tensor_bytes(value: Any) -> int:
+def _add_storages(value: Any, storages: dict[int, int]) -> None:
+    """The storages of the tensors in a layer's field: a tensor, or states in a list or by number in a dict."""
     if hasattr(value, "untyped_storage"):
-        return int(value.untyped_storage().nbytes())
-    if isinstance(value, list | tuple):
-        return sum(_tensor_bytes(item) for item in value)
-    return 0
+        storage = value.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    elif isinstance(value, dict):
+        for item in value.values():
+            _add_storages(item, storages)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _add_storages(item, storages)

@@ -7,26 +7,20 @@ chunks) is kept in the `LoadedModel`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import math
-import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from kani_nb.engines.base import LoadProgress, ProgressCallback
+from kani_nb.engines.huggingface.arguments import LoadRequest
+from kani_nb.engines.huggingface.bitsandbytes_kernels import keep_odd_layers_unpacked, silence_noise
 from kani_nb.engines.huggingface.generation import LoadedModel
-from kani_nb.errors import (
-    ConfigError,
-    KaniNbError,
-    MissingDependencyError,
-    ModelFilesError,
-    ModelUnavailableError,
-    OutOfMemoryError,
-)
+from kani_nb.engines.huggingface.library_errors import free_memory, quiet, translated
+from kani_nb.engines.huggingface.placing import Placing
+from kani_nb.errors import ConfigError, ModelFilesError, ModelUnavailableError
+from kani_nb.hardware.shapes import ModelShape
 
 #: transformers changes attributes of its own classes while it loads, and puts them back: two loads at once, and every
 #: model that is loaded later may be wrong. So a process loads one at a time, an abandoned load included.
@@ -36,27 +30,6 @@ _ONE_AT_A_TIME = threading.RLock()
 #: 2024, and low on purpose for the GPU. It only sets how often a Stop is looked at.
 _ASSUMED_FLOPS = {"cpu": 95e9, "cpu half": 150e9, "gpu": 20e12}
 _CHUNK_SECONDS = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class LoadRequest:
-    """What to load, and how; see `HuggingEngine` for the fields."""
-
-    folder: Path
-    gguf_file: str | None
-    origin: str
-    name: str
-    dtype: str = "auto"
-    device: str | None = None
-    device_map: Any = None
-    max_context_size: int | None = None
-    threads: int | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    tokenizer_cls: Any = None
-    model_cls: Any = None
-    tokenizer_kwargs: dict[str, Any] = field(default_factory=dict)
-    model_load_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -88,7 +61,7 @@ def load_tokenizer(request: LoadRequest) -> Any:
     options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code, **request.tokenizer_kwargs}
     if request.gguf_file is not None:
         options["gguf_file"] = request.gguf_file
-    with one_at_a_time(request.name), _translated(request), _quiet():
+    with one_at_a_time(request.name), translated(request.name, request.files), quiet():
         from transformers import AutoTokenizer
 
         return (request.tokenizer_cls or AutoTokenizer).from_pretrained(str(request.folder), **options)
@@ -103,7 +76,7 @@ def load_config(request: LoadRequest) -> Any:
     options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code}
     if request.gguf_file is not None:
         options["gguf_file"] = request.gguf_file
-    with one_at_a_time(request.name), _translated(request), _quiet():
+    with one_at_a_time(request.name), translated(request.name, request.files), quiet():
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(str(request.folder), **options)
@@ -133,6 +106,7 @@ def load_model(
     tokenizer_lock: contextlib.AbstractContextManager[Any],
     progress: ProgressCallback,
     cancelled: threading.Event,
+    shape: ModelShape | None = None,
 ) -> LoadedModel:
     """The model, in place and ready. Called within `one_at_a_time`.
 
@@ -144,27 +118,34 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     from kani_nb.engines.huggingface.driving import find_driving
-    from kani_nb.hardware.devices import best_device, choose_threads
+    from kani_nb.engines.huggingface.footprint import storage_bytes
+    from kani_nb.engines.huggingface.placing import choose_placing
+    from kani_nb.hardware.devices import choose_threads
 
     config = load_config(request)
     context = context_of(config, request.max_context_size, request.name)
-    device = request.device or best_device()
+    placing = choose_placing(request, config, context, shape=shape)
     threads = request.threads
-    if _is_cpu(device, request.device_map):
+    if placing.device.startswith("cpu"):
         threads = threads or choose_threads().threads
         torch.set_num_threads(threads)
-    options = _load_options(request, config, device)
-    progress(LoadProgress("weights", f"{request.name} to {request.device_map or device}"))
+    options = _load_options(request, placing)
+    progress(LoadProgress("weights", f"{request.name}, {placing.words}"))
     model_cls = request.model_cls or AutoModelForCausalLM
-    with _translated(request), _quiet():
+    _prepare_libraries(placing)
+    with translated(request.name, request.files), quiet():
         model, report = model_cls.from_pretrained(str(request.folder), output_loading_info=True, **options)
         _check_complete(request, report)
-        if request.device_map is None and "device_map" not in options and str(model.device) != device:
-            model = model.to(device)
+        if "device_map" not in options and str(model.device) != placing.device:
+            model = model.to(placing.device)
         model.eval()
+        notes = placing.notes
+        if placing.is_bitsandbytes and (odd := keep_odd_layers_unpacked(model)):
+            notes += (f"{odd} layers have shapes that the fast 4-bit product cannot take; they use the general one",)
         if cancelled.is_set():
             raise _interrupted(request.name)
-        driving = find_driving(model, str(model.device))
+        driving = find_driving(model, placing.device)
+    free_memory()  # what quantizing left behind
     parameters = sum(each.numel() for each in model.parameters())
     return LoadedModel(
         model=model,
@@ -173,15 +154,39 @@ def load_model(
         eos_ids=_eos_ids(model, tokenizer),
         context_tokens=context,
         chunk_tokens=chunk_size(
-            parameters, is_gpu=not _is_cpu(str(model.device), None), is_half=model.dtype != torch.float32
+            parameters, is_gpu=not placing.device.startswith("cpu"), is_half=model.dtype != torch.float32
         ),
-        device=str(model.device),
+        device=placing.device,
         dtype=str(model.dtype).removeprefix("torch."),
-        weight_bytes=_storage_bytes(model),
+        held_bytes=storage_bytes(model),
         origin=request.origin,
         threads=threads,
         driving=driving,
+        placing=replace(placing, notes=notes),
     )
+
+
+def load_again(request: LoadRequest, loaded: LoadedModel) -> Any:
+    """A second copy of a loaded model, fresh from its files and never run; its bytes are taken once more meanwhile.
+
+    Raises:
+        DoesNotFitError, OutOfMemoryError, ModelFilesError: as their names say.
+    """
+    with one_at_a_time(request.name):
+        again = load_model(
+            request, loaded.tokenizer, loaded.tokenizer_lock, lambda _: None, threading.Event(), loaded.placing.shape
+        )
+    return again.model
+
+
+def _prepare_libraries(placing: Placing) -> None:
+    """What must be said to the libraries before they load."""
+    if placing.is_bitsandbytes:
+        silence_noise()
+    if placing.quantization.scheme.startswith("cpu-"):
+        from kani_nb.hardware.packed_quantizer import register
+
+        register()
 
 
 def _check_complete(request: LoadRequest, report: dict[str, Any]) -> None:
@@ -211,50 +216,27 @@ def chunk_size(parameters: int, *, is_gpu: bool, is_half: bool) -> int:
     return int(max(lowest, min(highest, 2 ** round(math.log2(tokens)))))
 
 
-def _is_cpu(device: str, device_map: Any) -> bool:
-    if isinstance(device_map, dict):
-        return all(str(place) == "cpu" for place in device_map.values())
-    return str(device_map if isinstance(device_map, str) else device).startswith("cpu")
-
-
-def check_device(device: str | None) -> None:
-    """Refuse a device that is not there, before anything is loaded.
-
-    Raises:
-        ConfigError: torch does not see it.
-    """
-    if device is not None:
-        from kani_nb.hardware.devices import free_bytes
-
-        free_bytes(device)
-
-
-def _load_options(request: LoadRequest, config: Any, device: str) -> dict[str, Any]:
+def _load_options(request: LoadRequest, placing: Placing) -> dict[str, Any]:
     """The arguments of `from_pretrained`; a copy, since callers keep theirs."""
     import torch
 
-    options: dict[str, Any] = {"dtype": request.dtype, "trust_remote_code": request.trust_remote_code}
-    if request.dtype == "auto" and device == "cpu" and getattr(config, "dtype", None) in (torch.float16, "float16"):
-        options["dtype"] = torch.float32  # half precision is emulated on a CPU, slowly
-    elif request.dtype != "auto":
-        options["dtype"] = getattr(torch, request.dtype)
+    options: dict[str, Any] = {"trust_remote_code": request.trust_remote_code}
+    options["dtype"] = "auto" if placing.dtype == "auto" else getattr(torch, placing.dtype)
     if request.gguf_file is not None:
         options["gguf_file"] = request.gguf_file
         with contextlib.suppress(ImportError):
             from transformers import GgufConfig
 
             options["quantization_config"] = GgufConfig(dequantize=True)
+    elif placing.quantization_config is not None:
+        options["quantization_config"] = placing.quantization_config
     if not request.allow_pickle and request.gguf_file is None:
         options["use_safetensors"] = True
-    if request.device_map is not None:
-        options["device_map"] = request.device_map
-    elif device.startswith("cuda"):
-        options["device_map"] = {"": device}
-    given = dict(request.model_load_kwargs)
-    if "torch_dtype" in given:
-        given.setdefault("dtype", given.pop("torch_dtype"))
-    given.pop("use_auth_token", None)
-    return options | given
+    if placing.device_map is not None:
+        options["device_map"] = placing.device_map
+    if request.offload_folder is not None:
+        options["offload_folder"] = request.offload_folder
+    return options | request.model_load_kwargs
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -263,91 +245,3 @@ def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
         found += value if isinstance(value, list | tuple) else [value]
     return tuple(dict.fromkeys(int(each) for each in found if each is not None))
-
-
-def _storage_bytes(model: Any) -> int:
-    """Bytes of all parameters and buffers, shared ones counted once."""
-    storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type != "meta":
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers meanwhile: progress is shown once, by whoever asked for it."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _translated(request: LoadRequest) -> Iterator[None]:
-    """Errors of the libraries in our words, the originals as their cause."""
-    where = request.folder / request.gguf_file if request.gguf_file else request.folder
-    try:
-        yield
-    except KaniNbError:
-        raise
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(f"loading {request.name}") from None
-        raise ModelFilesError(f"{request.name} could not be loaded from {where}", why=short(error)) from error
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{request.name} needs a library that is not installed", why=short(error)
-        ) from error
-    except Exception as error:
-        if isinstance(error, TypeError | AssertionError | AttributeError):
-            raise  # a wrong argument or a defect: its traceback says more than we could
-        fix = "delete that folder and load again" if "safetensor" in type(error).__name__.lower() else ""
-        if "trust_remote_code" in str(error):
-            fix = "--trust-remote-code runs the repository's Python code; read it first"
-        raise ModelFilesError(f"{request.name} could not be loaded from {where}", why=short(error), fix=fix) from error
-
-
-def short(error: BaseException) -> str:
-    """The first line of an exception, with its type, for a person."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the process ran out of memory; torch says it in several ways."""
-    text = str(error).lower()
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "out of memory" in text
-        or "can't allocate memory" in text
-        or "defaultcpuallocator" in text
-    )
-
-
-def out_of_memory(doing: str) -> OutOfMemoryError:
-    """The error for it, after what the attempt held has been freed."""
-    free_memory()
-    return OutOfMemoryError(
-        f"out of memory while {doing}",
-        why="what it held has been freed",
-        fix="a smaller model or --max-context-size, or %unload_engine another one first",
-    )
-
-
-def free_memory() -> None:
-    """Give memory that nobody uses back to the device and to the system."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a libc without malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)

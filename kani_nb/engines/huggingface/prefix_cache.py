@@ -20,6 +20,7 @@ from kani_nb.engines.huggingface import kv_layers
 
 #: A shorter common prefix is cheaper to compute than to keep apart.
 _LEAST_REUSED_TOKENS = 4
+_GIB = 2**30
 
 
 @dataclass(slots=True, eq=False)
@@ -98,10 +99,12 @@ class PrefixCache:
     Args:
         config: the model's, for new caches.
         budget_bytes: what all entries together may take; 0 keeps nothing.
+        limit_tokens: the longest sequence there will be; buffers get no room beyond it.
     """
 
-    def __init__(self, config: Any, budget_bytes: int) -> None:
+    def __init__(self, config: Any, budget_bytes: int, limit_tokens: int | None = None) -> None:
         self._config = config
+        self._limit_tokens = limit_tokens
         self.budget_bytes = budget_bytes
         self._entries: list[CacheEntry] = []
 
@@ -116,7 +119,7 @@ class PrefixCache:
 
     def empty(self, *, is_long: bool = False) -> CacheEntry:
         """An entry without states, which is not kept unless it is given back."""
-        return CacheEntry(kv_layers.new_cache(self._config), is_long=is_long)
+        return CacheEntry(kv_layers.new_cache(self._config, self._limit_tokens), is_long=is_long)
 
     def take(self, ids: Sequence[int], growth_tokens: int, *, is_long: bool = False) -> CacheEntry:
         """An entry that holds states of a proper prefix of `ids` and nothing else, for the caller to go on with.
@@ -177,3 +180,12 @@ class PrefixCache:
 
     def _bytes_per_token(self) -> int:
         return next((kv_layers.bytes_per_token(entry.cache) for entry in reversed(self._entries) if entry.ids), 0)
+
+
+def cache_budget(model: Any, context_tokens: int, device: str, asked_gib: float | None) -> int:
+    """Bytes of states to keep: as asked for, or one full context, at most a quarter of the device's free memory."""
+    from kani_nb.hardware.devices import free_bytes
+
+    if asked_gib is not None:
+        return int(asked_gib * _GIB)
+    return min(kv_layers.full_context_bytes(model, context_tokens), free_bytes(device) // 4)

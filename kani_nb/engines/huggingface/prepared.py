@@ -1,0 +1,130 @@
+"""What an engine has before its weights: the model's files, its tokenizer, and how prompts are made. Each made once.
+
+Several threads may ask at once. Nothing here takes a device's memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from kani_nb.engines.base import LoadProgress, ProgressCallback
+from kani_nb.engines.huggingface.arguments import LoadRequest
+from kani_nb.hardware.shapes import ModelShape
+from kani_nb.messages import ChatMessage
+
+if TYPE_CHECKING:
+    from kani_nb.engines.huggingface.prompting import AnswerMemory, ChatTemplate
+
+
+class Prepared:
+    """The files, the tokenizer and the chat template of one model.
+
+    Args:
+        asked: what to load.
+        template_kwargs: further variables of the chat template.
+
+    Attributes:
+        tokenizer_lock: entered for every use of the tokenizer: encoding user text changes its settings for a moment.
+        shape: what the model is made of; None before `check`, or where only its own code could say.
+    """
+
+    def __init__(self, asked: LoadRequest, template_kwargs: dict[str, Any]) -> None:
+        self.tokenizer_lock = threading.RLock()
+        self.shape: ModelShape | None = None
+        self._asked = asked
+        self._template_kwargs = template_kwargs
+        self._lock = threading.Lock()
+        self._request: LoadRequest | None = None
+        self._tokenizer: Any = None
+        self._template: ChatTemplate | None = None
+        self._memory: AnswerMemory | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where the weights came from, in a sentence; empty before they were found."""
+        return self._request.origin if self._request is not None else ""
+
+    def request(
+        self, progress: ProgressCallback | None = None, cancelled: threading.Event | None = None
+    ) -> LoadRequest:
+        """What to load, its files found, and downloaded if need be.
+
+        Raises:
+            UnknownModelError, ModelUnavailableError, ModelFilesError, ConfigError: as their names say.
+        """
+        with self._lock:
+            if self._request is None:
+                from kani_nb.engines import sources
+
+                asked = self._asked
+                source = sources.resolve(
+                    asked.name,
+                    revision=asked.revision,
+                    local_only=asked.local_only,
+                    allow_pickle=asked.allow_pickle,
+                    token=asked.token,
+                    progress=progress,
+                    cancelled=cancelled,
+                )
+                self._request = replace(asked, folder=source.folder, gguf_file=source.gguf_file, origin=source.origin)
+            return self._request
+
+    def check(self, report: ProgressCallback, cancelled: threading.Event) -> None:
+        """Do everything that loading needs and that takes no device's memory, and refuse what can never be loaded.
+
+        Raises:
+            UnknownModelError, ModelUnavailableError, ModelFilesError, ConfigError, DoesNotFitError: as their names say.
+        """
+        from kani_nb.engines.huggingface.loading import context_of
+        from kani_nb.engines.huggingface.placing import choose_placing
+
+        request = self.request(report, cancelled)
+        report(LoadProgress("tokenizer", request.name))
+        self.tokenizer()
+        config = self.config()
+        context = context_of(config, request.max_context_size, request.name)
+        # Another engine may still hold the memory that this one will have: only what can never fit is refused now.
+        self.shape = choose_placing(request, config, context, shape=self.shape, is_empty=True).shape
+
+    def config(self) -> Any:
+        """The model's configuration.
+
+        Raises:
+            ModelFilesError: it is missing, broken, or of an architecture that this transformers does not know.
+        """
+        from kani_nb.engines.huggingface.loading import load_config
+
+        return load_config(self.request())
+
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+        request = self.request()
+        with self._lock:
+            if self._tokenizer is None:
+                from kani_nb.engines.huggingface.loading import load_tokenizer
+                from kani_nb.engines.huggingface.prompting import AnswerMemory, ChatTemplate
+
+                tokenizer = load_tokenizer(request)
+                self._template = ChatTemplate(tokenizer, request.name, self._template_kwargs)
+                self._memory = AnswerMemory(tokenizer)
+                self._tokenizer = tokenizer
+            return self._tokenizer
+
+    def memory(self) -> AnswerMemory:
+        """The tokens of earlier answers."""
+        self.tokenizer()
+        assert self._memory is not None
+        return self._memory
+
+    def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None) -> list[int]:
+        """The prompt as token ids, by the model's chat template.
+
+        Raises:
+            PromptError: the template refuses these messages, or there is none.
+        """
+        self.tokenizer()
+        assert self._template is not None
+        return self._template.encode(messages, functions)

@@ -1,0 +1,163 @@
+"""The verbs of `%engine`: look at engines, switch between them, know what a model would take, keep a quantized one."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import threading
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kani_nb._interrupts import Interrupted, InterruptGuard
+from kani_nb._runtime import runtime
+from kani_nb._waiting import Call
+from kani_nb.errors import ConfigError, KaniNbError
+from kani_nb.notebook.settings import KaniNB
+from kani_nb.notebook.stat_line import size
+from kani_nb.notebook.tables import one_line, print_text, text_table
+from kani_nb.notebook.verbs import Verb, VerbTable, required, unquoted
+from kani_nb.options import LineParser
+
+if TYPE_CHECKING:
+    from kani_nb.engines.base import BaseEngine
+    from kani_nb.engines.sources import ModelSource
+
+
+class EngineVerbs:
+    """What follows `%engine`.
+
+    Args:
+        shell: the running shell.
+        settings: `%config KaniNB`.
+
+    Attributes:
+        table: the verbs.
+    """
+
+    def __init__(self, shell: Any, settings: KaniNB) -> None:
+        self.shell = shell
+        self._settings = settings
+        self.table = VerbTable(
+            "%engine",
+            [
+                Verb("list", "the engines that are loaded", self._list),
+                Verb("info", "what the current engine is and holds", self._info),
+                Verb("use NAME", "let another loaded engine answer", self._use),
+                Verb("stats", "what this conversation's answers took", self._stats),
+                Verb("save FOLDER", "keep the loaded model, quantized as it is, to load it from there", self._save),
+                Verb("push ORG/NAME", "put the loaded model into a repository of the Hub", self._push, parses=True),
+                Verb("prefetch MODEL", "download a model without loading it", self._prefetch, parses=True),
+            ],
+            examples=["%engine plan qwen3-0.6b", "%engine use second", "%engine save ./smollm2-nf4"],
+        )
+
+    def _list(self, _rest: str) -> None:
+        rt = runtime()
+        if not rt.engines:
+            print_text("No engine is loaded. %load_engine smollm2 loads a small one that runs anywhere.")
+            return
+        rows = []
+        for name, engine in rt.engines.items():
+            memory = engine.memory()
+            held = (
+                "" if memory is None else f"{size(memory.weight_bytes)} + {size(memory.kv_bytes)} KV on {memory.device}"
+            )
+            config = rt.config_of(name)
+            line = f"your own: {type(engine).__name__}" if config is None else config.to_line()
+            rows.append(("*" if name == rt.engine_name else "", name, held, line))
+        print_text(text_table(("", "name", "memory", "loaded with"), rows))
+
+    def _info(self, _rest: str) -> None:
+        rt = runtime()
+        engine = rt.need_engine()
+        config = rt.config_of(rt.engine_name)
+        lines = {
+            "name": rt.engine_name,
+            "loaded with": "" if config is None else config.to_line(),
+            "engine": repr(engine),
+            "context": f"{engine.max_context_size:,} tokens" if engine.is_loaded and engine.max_context_size else "",
+        }
+        memory = engine.memory()
+        if memory is not None:
+            lines["memory"] = (
+                f"weights {size(memory.weight_bytes)}, KV cache {size(memory.kv_bytes)}, on {memory.device}"
+            )
+        for key, value in details_of(engine).items():
+            name, is_bytes = key.removesuffix("_bytes").replace("_", " "), key.endswith("_bytes")
+            lines.setdefault(name, size(value) if is_bytes and isinstance(value, int) else str(value))
+        print_text(text_table(None, [(key, value) for key, value in lines.items() if value]))
+
+    def _use(self, rest: str) -> None:
+        name = unquoted(required(rest, "%engine use NAME"))
+        runtime().use(name)
+        print_text(f"{name} answers from now on.")
+
+    def _stats(self, _rest: str) -> None:
+        from kani_nb.notebook.stats import show_stats
+
+        show_stats(self.shell, runtime().chat, draws=self._settings.plot != "never")
+
+    def _prefetch(self, rest: str) -> None:
+        from kani_nb.engines.sources import prefetch
+        from kani_nb.notebook.load_view import LoadView
+
+        parser = LineParser(prog="%engine prefetch", add_help=False)
+        parser.add_argument("model", metavar="MODEL")
+        parser.add_argument("--revision")
+        args = parser.parse_line(required(rest, "%engine prefetch MODEL"))
+        with InterruptGuard() as guard:
+            view = LoadView(args.model)
+            cancelled = threading.Event()
+            source: ModelSource | None = None
+            failure: BaseException | None = None
+            fetching = asyncio.to_thread(
+                prefetch, args.model, view.progress, revision=args.revision, cancelled=cancelled
+            )
+            call: Call[ModelSource] | None = None
+            try:
+                call = Call(runtime().loop, fetching, guard, pump=view.pump, ask_to_end=cancelled.set)
+                source = call.result()
+            except BaseException as error:
+                failure = error
+                is_expected = isinstance(error, (Interrupted, CancelledError, KaniNbError))
+                if call is not None and call.was_interrupted and is_expected:
+                    kept = "what came is kept, and the next time goes on from there"
+                    failure = Interrupted(f"interrupted; {args.model} was not downloaded: {kept}")
+                    raise failure from None
+                raise
+            finally:
+                found = "" if source is None else f"{source.origin}, {size(source.size_bytes)}"
+                note = "on this disk" if failure is None else f"was not downloaded: {one_line(str(failure), 200)}"
+                view.finish(origin=found, note=note)
+
+    def _save(self, rest: str) -> None:
+        folder = Path(unquoted(required(rest, "%engine save FOLDER"))).expanduser()
+        engine = runtime().need_engine()
+        save = getattr(engine, "save", None)
+        if not callable(save):
+            raise ConfigError(f"{type(engine).__name__} cannot be saved", why="its weights are not in this process")
+        with InterruptGuard() as guard:
+            # A folder appears whole or not at all: an interrupt is answered when that is decided.
+            saved = Call(runtime().loop, save(folder), guard, ask_to_end=lambda: None, grace_s=60.0).result()
+        bytes_ = sum(each.stat().st_size for each in Path(saved).rglob("*") if each.is_file())
+        print_text(f"Saved, {size(bytes_)}: %load_engine {shlex.quote(str(folder))} loads it again as it is.")
+
+    def _push(self, rest: str) -> None:
+        parser = LineParser(prog="%engine push", add_help=False)
+        parser.add_argument("repo", metavar="ORG/NAME")
+        parser.add_argument("--private", action="store_true")
+        args = parser.parse_line(required(rest, "%engine push ORG/NAME"))
+        engine = runtime().need_engine()
+        push = getattr(engine, "push_to_hub", None)
+        if not callable(push):
+            raise ConfigError(f"{type(engine).__name__} cannot be pushed", why="its weights are not in this process")
+        with InterruptGuard() as guard:
+            address = Call(runtime().loop, push(args.repo, private=args.private), guard).result()
+        print_text(f"Pushed: {address}\n%load_engine {args.repo} loads it from there.")
+
+
+def details_of(engine: BaseEngine) -> dict[str, Any]:
+    """What an engine says of itself, if it does."""
+    details = getattr(engine, "details", None)
+    return dict(details()) if callable(details) else {}
