@@ -99,7 +99,10 @@ GENERATION_OPTIONS = (
 
 QUANTIZATION_OPTIONS = (
     Option(
-        "--quant", "scheme", "quantization: int8, nf4, cpu-int8, ... (%engine plan MODEL compares)", of="quantization"
+        "--quant",
+        "scheme",
+        "precision of the weights in fewer bits: int8, nf4, fp4, cpu-int8, cpu-int4, ...",
+        of="quantization",
     ),
     Option("--double-quant", "double_quant", "quantize the scales of 4-bit weights too", bool, of="quantization"),
     Option(

@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kani_nb.hardware.arithmetic import bytes_read_per_token, dtype_bytes, kv_bytes_by_block, weight_bytes
+from kani_nb.hardware.arithmetic import (
+    WeightBytes,
+    bytes_read_per_token,
+    dtype_bytes,
+    kv_bytes,
+    kv_bytes_by_block,
+    weight_bytes,
+)
 from kani_nb.hardware.placement import device_of, key_of
 from kani_nb.hardware.plans import Budget
 from kani_nb.hardware.schemes import Scheme, find_scheme
@@ -40,10 +47,13 @@ class Costing:
             return Quantization(), find_scheme("none")
         return self.settings, self.scheme
 
-    def blocks(self, context_tokens: int, *, is_offloading: bool = True) -> list[BlockCost]:
-        """What each block takes at that context, in running order."""
+    def weights(self) -> WeightBytes:
+        """What the weights take where they are computed with."""
+        return weight_bytes(self.shape, self.settings, self.scheme, self.dtype)
+
+    def blocks(self, weights: Mapping[str, int], context_tokens: int, *, is_offloading: bool = True) -> list[BlockCost]:
+        """What each block takes at that context, in running order; `weights` by block, from `weights()`."""
         shape = self.shape
-        weights = weight_bytes(shape, self.settings, self.scheme, self.dtype).by_block
         aside, streamed = weights, dict[str, int]()
         if is_offloading:
             aside = weight_bytes(shape, *self.kept_aside, self.dtype).by_block
@@ -82,10 +92,21 @@ class Costing:
             if not speed:
                 return None
             is_aside = device == "disk" or (device == "cpu" and bool(accelerators))
-            settings = self.kept_aside[0] if is_aside else self.settings
+            settings, scheme = self.kept_aside if is_aside else (self.settings, self.scheme)
             held = part(self.shape, {name for name, where in device_map.items() if where == device})
-            total += bytes_read_per_token(held, settings, self.dtype, context_tokens) / speed
+            cache = kv_bytes(held, context_tokens, self.dtype, self.kv_bits)
+            total += (self._weights_read(replace(held, cache_layers=()), settings, scheme) + cache) / speed
         return total or None
+
+    def _weights_read(self, shape: ModelShape, settings: Quantization, scheme: Scheme) -> int:
+        """Bytes of weights that one token reads."""
+        if scheme.backend != "other":
+            return bytes_read_per_token(shape, settings, self.dtype, 1)
+        read = 0.0  # a scheme that only its checkpoint knows: what is read in equal part is counted together
+        for active in {each.active for each in shape.tensors}:
+            alike = replace(shape, tensors=tuple(each for each in shape.tensors if each.active == active))
+            read += active * weight_bytes(alike, settings, scheme, self.dtype).total
+        return int(read)
 
 
 def part(shape: ModelShape, blocks: set[str]) -> ModelShape:

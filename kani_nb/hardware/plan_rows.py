@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kani_nb.config import EngineConfig
-from kani_nb.hardware.arithmetic import disk_bytes, host_bytes, kv_bytes_per_token, weight_bytes, working_bytes
+from kani_nb.hardware.arithmetic import disk_bytes, host_bytes, kv_bytes_per_token, working_bytes
 from kani_nb.hardware.budgets import PROCESS_BYTES
 from kani_nb.hardware.checkpoint_schemes import checkpoint_of
 from kani_nb.hardware.costing import Costing, cut_as, told_places
@@ -104,7 +104,7 @@ class _Case:
         self.scheme.check_settings(asked)
         self.devices = question.devices_for(self.scheme)
         self.computing = question.computing(self.devices)
-        self.kind = self.computing[0].kind if self.computing else "cpu"
+        self.kind = self.computing[0].kind if self.computing else "cuda"
         capability = min(
             (each.compute_capability for each in self.computing if each.compute_capability is not None), default=None
         )
@@ -125,7 +125,8 @@ class _Case:
             shape=shape, settings=self.settings, scheme=self.scheme, dtype=self.dtype, kv_bits=question.kv_bits
         )
         is_offloading = question.allow_offload or isinstance(self.told, dict)
-        self._blocks = self.costing.blocks(question.context_tokens, is_offloading=is_offloading)
+        self.weights = self.costing.weights()
+        self._blocks = self.costing.blocks(self.weights.by_block, question.context_tokens, is_offloading=is_offloading)
 
     @cached_property
     def obstacle(self) -> str:
@@ -166,8 +167,7 @@ class _Case:
         placement = self.placed(tokens, allow_offload=question.allow_offload)
         is_as_asked = isinstance(self.told, dict) or not placement.is_offloaded
         can_run = placement.fits and not self.obstacle
-        counted = weight_bytes(shape, self.settings, self.scheme, self.dtype)
-        shares = placement.shares or (self._nowhere(counted.total, tokens),)
+        shares = placement.shares or (self._nowhere(tokens),)
         peak_bytes = sum(share.peak_bytes for share in shares)
         cards = sum(share.device.startswith("cuda") for share in shares)
         seconds = self.costing.seconds_per_token(placement.device_map, question.budgets, tokens) if can_run else None
@@ -177,7 +177,7 @@ class _Case:
             settings=self.settings,
             dtype=self.dtype,
             weight_bytes=sum(share.weight_bytes for share in shares),
-            scale_bytes=counted.scales,
+            scale_bytes=self.weights.scales,
             kv_bytes_per_token=kv_bytes_per_token(shape, self.dtype, question.kv_bits),
             kv_bytes=sum(share.kv_bytes for share in shares),
             working_bytes=sum(share.working_bytes for share in shares),
@@ -191,15 +191,15 @@ class _Case:
             has_headroom=can_run and is_as_asked and self.placed(tokens, room=1 / (1 + HEADROOM)).fits,
             most_context_tokens=0 if self.obstacle else self.most_context_tokens(),
             why_not=self.obstacle or _lacking(placement, shares, self.computing, is_as_asked),
-            notes=(*self.notes, *self._further_notes(counted.experts, host)),
+            notes=(*self.notes, *self._further_notes(self.weights.experts, host)),
             ceiling_tokens_per_s=1 / seconds if seconds else None,
             line=_line(question, self.settings),
         )
 
-    def _nowhere(self, weights: int, tokens: int) -> Share:
+    def _nowhere(self, tokens: int) -> Share:
         """What it would take where there is no device for it."""
         kv = sum(block.kv_bytes for block in self._blocks)
-        return Share(device="", weight_bytes=weights, kv_bytes=kv, working_bytes=self.working(tokens))
+        return Share(device="", weight_bytes=self.weights.total, kv_bytes=kv, working_bytes=self.working(tokens))
 
     def _device_map(self, placement: Placement) -> dict[str, str]:
         """As `from_pretrained` takes it: the user's own, one entry for a single device, or block by block."""

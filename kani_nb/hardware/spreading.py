@@ -257,21 +257,23 @@ def _joined(blocks: Sequence[BlockCost]) -> tuple[list[BlockCost], dict[str, str
     """The blocks without those that follow another, whose bytes are counted there; and who follows whom."""
     names = {block.name for block in blocks}
     followers = {block.name: block.follows for block in blocks if block.follows in names}
-    found = []
+    together: dict[str, list[BlockCost]] = {}
     for block in blocks:
-        if block.name in followers:
-            continue
-        mine = [block, *(each for each in blocks if followers.get(each.name) == block.name)]
-        found.append(
-            replace(
-                block,
-                weight_bytes=sum(each.weight_bytes for each in mine),
-                kv_bytes=sum(each.kv_bytes for each in mine),
-                offloaded_bytes=sum(each.offloaded_bytes for each in mine),
-                streamed_bytes=max(each.streamed_bytes for each in mine),
-            )
-        )
-    return found, followers
+        together.setdefault(followers.get(block.name, block.name), []).append(block)
+    leaders = [block for block in blocks if block.name not in followers]
+    return [_sum(block, together[block.name]) for block in leaders], followers
+
+
+def _sum(leader: BlockCost, all_of_them: Sequence[BlockCost]) -> BlockCost:
+    if len(all_of_them) == 1:
+        return leader
+    return replace(
+        leader,
+        weight_bytes=sum(each.weight_bytes for each in all_of_them),
+        kv_bytes=sum(each.kv_bytes for each in all_of_them),
+        offloaded_bytes=sum(each.offloaded_bytes for each in all_of_them),
+        streamed_bytes=max(each.streamed_bytes for each in all_of_them),
+    )
 
 
 def _with_followers(

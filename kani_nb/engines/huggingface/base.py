@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kani_nb.engines.huggingface.generation import LoadedModel
     from kani_nb.engines.huggingface.prefix_cache import PrefixCache
     from kani_nb.engines.huggingface.prompting import AnswerMemory
+    from kani_nb.engines.huggingface.weights import Weights
 
 #: Fields of a configuration that are not passed on under their own name and as they are.
 _CHANGED = ("model", "max_context_size", "device_map")
@@ -133,8 +134,7 @@ class HuggingEngine(BaseEngine):
         self._prepared = Prepared(self._asked, dict(chat_template_kwargs or {}))
         self._loaded: LoadedModel | None = None
         self._cache: PrefixCache | None = None
-        self._weights: tuple[int, ...] = ()  # fingerprints: of the weights that the cached states belong to,
-        self._weights_loaded: tuple[int, ...] = ()  # and of those that were loaded
+        self._weights: Weights | None = None
         self._loading = Slot()
         self._running: tuple[threading.Event, threading.Event] | None = None  # (stop, has ended) of the present answer
 
@@ -250,11 +250,11 @@ class HuggingEngine(BaseEngine):
 
     def _adopt(self, loaded: LoadedModel) -> None:
         from kani_nb.engines.huggingface.prefix_cache import PrefixCache, cache_budget
-        from kani_nb.engines.huggingface.weights import fingerprint
+        from kani_nb.engines.huggingface.weights import Weights
 
         budget = cache_budget(loaded.model, loaded.context_tokens, loaded.device, self._cache_gib)
         self._cache = PrefixCache(loaded.model.config, budget, loaded.context_tokens)
-        self._weights = self._weights_loaded = fingerprint(loaded.model)
+        self._weights = Weights(loaded.model, self.model_id)
         self._loaded = loaded
 
     async def close(self) -> None:
@@ -263,10 +263,12 @@ class HuggingEngine(BaseEngine):
             return
         self._loaded = None
         self._cache = None
+        self._weights = None
         if (running := self._running) is not None:
             stop, has_ended = running
             stop.set()
             await asyncio.to_thread(has_ended.wait)
+            self._loaded = None  # it may just have been counted again
         from kani_nb.engines.huggingface.library_errors import free_memory
 
         await asyncio.to_thread(free_memory)
@@ -308,13 +310,12 @@ class HuggingEngine(BaseEngine):
     def _origin_of(self, loaded: LoadedModel) -> dict[str, Any]:
         """Where the weights came from, and how to have them once more as they were."""
         from kani_nb.engines.huggingface.loading import load_again
-        from kani_nb.engines.huggingface.weights import fingerprint
 
         request = self._prepared.request()
         return {
             "source": request.folder,
             "reload": lambda: load_again(request, loaded),
-            "weights_changed": fingerprint(loaded.model) != self._weights_loaded,
+            "weights_changed": self._weights is not None and self._weights.have_changed,
         }
 
     async def log_probs(self, ids: Sequence[int]) -> Any:
@@ -411,21 +412,22 @@ class HuggingEngine(BaseEngine):
     def _in_use(self, stop: threading.Event, doing: str) -> Iterator[None]:
         """While the model computes, in the thread that holds the slot: `close` waits, and failures become short."""
         from kani_nb.engines.huggingface import library_errors
-        from kani_nb.engines.huggingface.weights import fingerprint
 
         has_ended = threading.Event()
         self._running = (stop, has_ended)
-        cache = self._cache
+        cache, weights = self._cache, self._weights
         try:
             loaded, cache, _ = self._parts()
+            assert weights is not None
             if loaded.threads is not None:
                 import torch
 
                 torch.set_num_threads(loaded.threads)  # a thread's own setting
-            if (now := fingerprint(loaded.model)) != self._weights:
-                cache.clear()  # states of other weights
-                self._weights = now
-            yield
+            with weights.in_use() as have_changed:
+                if have_changed:
+                    cache.clear()  # states of other weights
+                    self._loaded = loaded.counted_again()
+                yield
         except KaniNbError:
             raise
         except Exception as error:

@@ -42,7 +42,7 @@ def check_checkpoint_packages(name: str, method: str) -> None:
         raise MissingDependencyError(
             f"{name} is quantized with {method}", why=f"{module} is not installed", fix=f"%pip install -U {packages}"
         )
-    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING and method != "kani_nb_packed":
+    if method not in (*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes", "kani_nb_packed"):
         raise ModelFilesError(
             f"{name} is quantized with {method!r}",
             why="this transformers does not know that method",

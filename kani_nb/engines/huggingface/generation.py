@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from kani_nb.engines.base import Completion, FinishReason, PrefillProgress, StreamEvent, TextDelta
 from kani_nb.engines.huggingface.driving import CacheMode, Driving, forward
@@ -60,6 +60,12 @@ class LoadedModel:
     def weight_bytes(self) -> int:
         """Bytes of all weights and their scales, on whatever device."""
         return sum(self.held_bytes.values())
+
+    def counted_again(self) -> Self:
+        """The same, the bytes and the dtype those of the model as it is now: adapters were attached, weights cast."""
+        from kani_nb.engines.huggingface.footprint import storage_bytes
+
+        return replace(self, held_bytes=storage_bytes(self.model), dtype=str(self.model.dtype).removeprefix("torch."))
 
     def details(self) -> dict[str, Any]:
         """What was decided when it was loaded, for people."""

@@ -101,9 +101,13 @@ def _refusals(repo_id: str, access: HubToken) -> Iterator[None]:
     transport = HfHubHTTPError.__mro__[1]
     try:
         yield
-    except HfHubHTTPError as error:
-        raise _refusal(error, repo_id, access) from None
-    except (transport, OSError) as error:
+    except (RuntimeError, OSError, transport) as outer:
+        # A file that could not be sent is told as a RuntimeError around the reason.
+        error = outer.__cause__ if isinstance(outer, RuntimeError) and outer.__cause__ is not None else outer
+        if isinstance(error, HfHubHTTPError):
+            raise _refusal(error, repo_id, access) from None
+        if isinstance(error, RuntimeError) or not isinstance(error, transport | OSError):
+            raise
         raise ModelUnavailableError(
             f"{repo_id} could not be pushed, since {public_url(endpoint())} could not be reached",
             why=_clean(str(error) or type(error).__name__, access),

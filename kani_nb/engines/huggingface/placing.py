@@ -6,8 +6,11 @@ cannot run, a device map that names no module, weights that do not fit. Nothing 
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kani_nb.engines.huggingface.arguments import LoadRequest
@@ -130,7 +133,7 @@ def choose_placing(
         is_prequantized=is_prequantized,
         row=row,
         shape=shape,
-        notes=(*notes, *(row.notes if row is not None else ())),
+        notes=tuple(dict.fromkeys((*notes, *(row.notes if row is not None else ())))),
     )
 
 
@@ -330,9 +333,42 @@ def _planned(
         device_map=request.device if request.device is not None else request.device_map,
         allow_offload=request.allow_offload,
     )
-    if not row.fits and not (request.allow_offload and row.device_map):
+    may_offload = request.allow_offload or isinstance(request.device_map, dict)
+    if not row.fits and not (may_offload and row.device_map and _holds(row, budgets)):
         raise _does_not_fit(shape, row, budgets, least, request)
+    if request.offload_folder is not None:
+        check_offload_folder(Path(request.offload_folder), row)
     return row
+
+
+def _holds(row: PlanRow, budgets: Iterable[Budget]) -> bool:
+    """Whether no device would hold more than it may; the disk holds what it must."""
+    usable = {each.name: each.usable_bytes for each in budgets}
+    return all(share.peak_bytes <= usable.get(share.device, share.peak_bytes) for share in row.shares)
+
+
+def check_offload_folder(folder: Path, row: PlanRow) -> None:
+    """Refuse a folder that cannot take what the plan puts on the disk, before anything is loaded.
+
+    Raises:
+        ConfigError: it cannot be made or written to, or its disk has too little room.
+    """
+    needed = sum(share.weight_bytes for share in row.shares if share.device == "disk")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ConfigError(
+            f"the offload folder {folder} cannot be written to", why=error.strerror or str(error), fix="name another"
+        ) from None
+    if needed > free:
+        raise ConfigError(
+            f"the offload folder {folder} has {free / _GIB:.1f} GiB free",
+            why=f"{needed / _GIB:.1f} GiB of weights would be kept there",
+            fix="name one on another disk, or take fewer bits (%engine plan compares)",
+        )
 
 
 def _does_not_fit(
