@@ -85,9 +85,10 @@ class LoadView:
         dtype: str = "",
         memory_bytes: int | None = None,
         note: str = "",
+        remarks: str = "",
         error: BaseException | None = None,
     ) -> None:
-        """Replace the stages by one line. Safe to call twice.
+        """Replace the stages by one line, and a second one of remarks. Safe to call twice.
 
         Args:
             model: the model's own name, where it differs.
@@ -95,7 +96,8 @@ class LoadView:
             device: where they are.
             dtype: in what precision.
             memory_bytes: what they take.
-            note: anything else, for example that the engine was loaded already.
+            note: instead of the time it took, for example that the engine was loaded already.
+            remarks: what was decided on the way.
             error: why the load failed.
         """
         if self._is_finished:
@@ -109,10 +111,11 @@ class LoadView:
             memory = "" if memory_bytes is None else size(memory_bytes)
             parts = [model or self._model, origin, device, dtype, memory, note or f"loaded in {duration}"]
             line = " · ".join(part for part in parts if part)
+        lines = [each for each in (line, "" if error is not None else remarks) if each]
         if self._surface.kind is SurfaceKind.TERMINAL:
-            self._surface.write(line + "\n")
+            self._surface.write("\n".join(lines) + "\n")
             return
-        bundle = {"text/html": _html(_escaped_line(line)), "text/plain": plain(line)}
+        bundle = {"text/html": _html("".join(map(_escaped_line, lines))), "text/plain": plain("\n".join(lines))}
         self._surface.show(bundle, _metadata("error" if error else "done", self._model), is_final=True)
 
 

@@ -176,6 +176,8 @@ def _outcome(loaded: LoadedEngine | None, line: str) -> dict[str, Any]:
         return {}
     details = details_of(loaded.engine)
     memory = loaded.engine.memory()
+    precision, scheme = str(details.get("dtype", "")), str(details.get("quantization", "none"))
+    precision = precision if scheme == "none" else f"{scheme}, the rest in {precision}"
     note = ""
     if loaded.reused:
         note = f"loaded already as {loaded.name}; nothing was done"
@@ -184,9 +186,10 @@ def _outcome(loaded: LoadedEngine | None, line: str) -> dict[str, Any]:
     return {
         "origin": str(details.get("origin", "")),
         "device": memory.device if memory is not None else "",
-        "dtype": str(details.get("dtype", "")).removeprefix("torch."),
+        "dtype": precision,
         "memory_bytes": memory.weight_bytes if memory is not None else None,
         "note": note,
+        "remarks": "" if loaded.reused else str(details.get("notes", "")),
     }
 
 

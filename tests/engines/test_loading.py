@@ -7,8 +7,8 @@ import pytest
 
 from kani_nb import ChatMessage
 from kani_nb.engines.base import FinishReason
-from kani_nb.engines.huggingface.loading import chunk_size
 from kani_nb.errors import GenerationError, ModelFilesError
+from kani_nb.hardware.prompt_chunks import chunk_size
 from tests.conftest import make_model
 from tests.engines.asking import answer, engine_of
 

@@ -198,3 +198,17 @@ async def test_the_engine_says_what_it_holds_its_weights_in(tiny_model):
     assert details["planned_weight_bytes"] == engine.memory().weight_bytes
     assert "nf4 + double quant on cpu" in repr(engine)
     await engine.close()
+
+
+async def test_a_quantized_copy_is_made_once_and_then_taken(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = [ChatMessage.user("the quick brown fox")]
+    said = []
+    for cache_quantized in (False, True, True):
+        engine = engine_of(tiny_model, quantization="nf4", dtype="bfloat16", cache_quantized=cache_quantized)
+        said.append((await answer(engine, asked)).message.text)
+        notes = engine.details()["notes"]
+        await engine.close()
+        said.append(notes.partition(" in ")[0])
+    assert said[0] == said[2] == said[4]
+    assert said[3::2] == ["a quantized copy is kept", "from the quantized copy"]

@@ -7,7 +7,6 @@ chunks) is kept in the `LoadedModel`.
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,16 +19,16 @@ from kani_nb.engines.huggingface.generation import LoadedModel
 from kani_nb.engines.huggingface.library_errors import free_memory, quiet, translated
 from kani_nb.engines.huggingface.placing import Placing
 from kani_nb.errors import ConfigError, ModelFilesError, ModelUnavailableError
+from kani_nb.hardware.prompt_chunks import chunk_size
 from kani_nb.hardware.shapes import ModelShape
 
 #: transformers changes attributes of its own classes while it loads, and puts them back: two loads at once, and every
 #: model that is loaded later may be wrong. So a process loads one at a time, an abandoned load included.
 _ONE_AT_A_TIME = threading.RLock()
 
-#: What one CPU thread (float32, half precision) and a GPU do in a prefill, in FLOP/s: measured on a server CPU of
-#: 2024, and low on purpose for the GPU. It only sets how often a Stop is looked at.
-_ASSUMED_FLOPS = {"cpu": 95e9, "cpu half": 150e9, "gpu": 20e12}
-_CHUNK_SECONDS = 0.2
+
+#: Said after bitsandbytes has quantized on the fly, which leaves hundreds of MiB behind (`pytest -m timing -s`).
+_OFFER = "quantized on the fly; --cache-quantized keeps a copy, which loads faster and in less memory"
 
 
 @contextlib.contextmanager
@@ -115,7 +114,6 @@ def load_model(
         say.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from kani_nb.engines.huggingface.driving import find_driving
     from kani_nb.engines.huggingface.footprint import storage_bytes
@@ -129,24 +127,14 @@ def load_model(
     if placing.device.startswith("cpu"):
         threads = threads or choose_threads().threads
         torch.set_num_threads(threads)
-    options = _load_options(request, placing)
-    progress(LoadProgress("weights", f"{request.name}, {placing.words}"))
-    model_cls = request.model_cls or AutoModelForCausalLM
-    _prepare_libraries(placing)
     with translated(request.name, request.files), quiet():
-        model, report = model_cls.from_pretrained(str(request.folder), output_loading_info=True, **options)
-        _check_complete(request, report)
-        if "device_map" not in options and str(model.device) != placing.device:
-            model = model.to(placing.device)
-        model.eval()
-        notes = placing.notes
-        if placing.is_bitsandbytes and (odd := keep_odd_layers_unpacked(model)):
-            notes += (f"{odd} layers have shapes that the fast 4-bit product cannot take; they use the general one",)
+        model, notes = _weights(request, placing, tokenizer, progress)
         if cancelled.is_set():
             raise _interrupted(request.name)
         driving = find_driving(model, placing.device)
     free_memory()  # what quantizing left behind
-    parameters = sum(each.numel() for each in model.parameters())
+    shape = placing.shape
+    parameters = shape.parameters if shape is not None else sum(each.numel() for each in model.parameters())
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -162,8 +150,55 @@ def load_model(
         origin=request.origin,
         threads=threads,
         driving=driving,
-        placing=replace(placing, notes=notes),
+        placing=replace(placing, notes=placing.notes + notes),
     )
+
+
+def _weights(
+    request: LoadRequest, placing: Placing, tokenizer: Any, progress: ProgressCallback
+) -> tuple[Any, tuple[str, ...]]:
+    """The model in evaluation mode, from the quantized copy where one is kept, and what there is to say about it."""
+    if not (request.cache_quantized and placing.quantization_config is not None and request.foreign_config is None):
+        progress(LoadProgress("weights", f"{request.name}, {placing.words}"))
+        model, notes = _from_files(request, placing)
+        return model, (*notes, *((_OFFER,) if placing.is_bitsandbytes and not placing.is_prequantized else ()))
+    from kani_nb.engines.huggingface.quantized_cache import copy_key, find_copy, keep_copy
+    from kani_nb.engines.huggingface.saving import save_model
+
+    assert request.folder is not None
+    key = copy_key(
+        request.folder, placing.quantization, placing.dtype, name=request.name, device=placing.device.partition(":")[0]
+    )
+    note = f"from the quantized copy in {key.folder}"
+    if find_copy(key) is None:
+        progress(LoadProgress("weights", f"{request.name}, {placing.words}, quantizing once"))
+        model, _ = _from_files(request, placing)
+        progress(LoadProgress("weights", "keeping the quantized copy"))
+        keep_copy(key, lambda folder: save_model(model, tokenizer, folder, source=request.folder))
+        del model
+        free_memory()
+        note = f"a quantized copy is kept in {key.folder}"
+    progress(LoadProgress("weights", f"{request.name}, {placing.words}, quantized before"))
+    copy = replace(request, folder=key.folder)
+    model, notes = _from_files(copy, replace(placing, quantization_config=None))
+    return model, (*notes, note)
+
+
+def _from_files(request: LoadRequest, placing: Placing) -> tuple[Any, tuple[str, ...]]:
+    """The model that the files hold, complete, and in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    options = _load_options(request, placing)
+    model_cls = request.model_cls or AutoModelForCausalLM
+    _prepare_libraries(placing)
+    model, report = model_cls.from_pretrained(str(request.folder), output_loading_info=True, **options)
+    _check_complete(request, report)
+    if "device_map" not in options and str(model.device) != placing.device:
+        model = model.to(placing.device)
+    model.eval()
+    if placing.is_bitsandbytes and (odd := keep_odd_layers_unpacked(model)):
+        return model, (f"{odd} layers have shapes that the fast 4-bit product cannot take; they use the general one",)
+    return model, ()
 
 
 def load_again(request: LoadRequest, loaded: LoadedModel) -> Any:
@@ -201,19 +236,6 @@ def _check_complete(request: LoadRequest, report: dict[str, Any]) -> None:
         why=f"for example {', '.join(names)}; they would be random numbers",
         fix="download the model again, or check that the files belong to this configuration",
     )
-
-
-def chunk_size(parameters: int, *, is_gpu: bool, is_half: bool) -> int:
-    """Tokens of a prompt that one forward pass takes: the power of two that needs about 0.2 s.
-
-    It depends on nothing but the model and the kind of device, so that the same prompt is always computed in the same
-    shapes and gives the same numbers. Smaller pieces would stop sooner and cost more: on one thread a prompt of 768
-    tokens in bfloat16 takes 1.72 s in pieces of 64, 1.47 s of 128 and 1.34 s in one.
-    """
-    flops = _ASSUMED_FLOPS["gpu" if is_gpu else "cpu half" if is_half else "cpu"]
-    tokens = max(1.0, _CHUNK_SECONDS * flops / (2 * max(1, parameters)))
-    lowest, highest = (256, 4096) if is_gpu else (8, 256)
-    return int(max(lowest, min(highest, 2 ** round(math.log2(tokens)))))
 
 
 def _load_options(request: LoadRequest, placing: Placing) -> dict[str, Any]:
