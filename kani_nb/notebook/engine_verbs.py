@@ -45,6 +45,21 @@ class EngineVerbs:
                 Verb("info", "what the current engine is and holds", self._info),
                 Verb("use NAME", "let another loaded engine answer", self._use),
                 Verb("stats", "what this conversation's answers took", self._stats),
+                Verb(
+                    "plan [MODEL] [--context N] [--card CARD] [--schemes none,int8,nf4+dq]",
+                    "what a model would take under each precision, and what fits, before loading it",
+                    self._plan,
+                    parses=True,
+                    details=_plan_details,
+                ),
+                Verb("explain [MODEL]", "which precision to choose, and why", self._explain, parses=True),
+                Verb(
+                    "compare MODEL [--schemes none,int8,nf4] [--sweep SETTING=V,V] [--runs N] [--text FILE]",
+                    "load a model in several precisions, and measure memory, speed and quality",
+                    self._compare,
+                    parses=True,
+                    details=_compare_details,
+                ),
                 Verb("save FOLDER", "keep the loaded model, quantized as it is, to load it from there", self._save),
                 Verb("push ORG/NAME", "put the loaded model into a repository of the Hub", self._push, parses=True),
                 Verb("prefetch MODEL", "download a model without loading it", self._prefetch, parses=True),
@@ -97,6 +112,21 @@ class EngineVerbs:
         from kani_nb.notebook.stats import show_stats
 
         show_stats(self.shell, runtime().chat, draws=self._settings.plot != "never")
+
+    def _plan(self, rest: str) -> None:
+        from kani_nb.notebook.plan_view import run_plan
+
+        run_plan(self.shell, rest, draws=self._settings.plot != "never")
+
+    def _explain(self, rest: str) -> None:
+        from kani_nb.notebook.plan_view import run_explain
+
+        run_explain(self.shell, rest)
+
+    def _compare(self, rest: str) -> None:
+        from kani_nb.notebook.compare_view import run_compare
+
+        run_compare(self.shell, rest, draws=self._settings.plot != "never")
 
     def _prefetch(self, rest: str) -> None:
         from kani_nb.engines.sources import prefetch
@@ -161,3 +191,15 @@ def details_of(engine: BaseEngine) -> dict[str, Any]:
     """What an engine says of itself, if it does."""
     details = getattr(engine, "details", None)
     return dict(details()) if callable(details) else {}
+
+
+def _plan_details() -> str:
+    from kani_nb.notebook.plan_view import plan_details
+
+    return plan_details()
+
+
+def _compare_details() -> str:
+    from kani_nb.notebook.compare_view import compare_details
+
+    return compare_details()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from argparse import Namespace
 from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
@@ -25,7 +27,8 @@ from kani_nb.notebook.verbs import unquoted
 from kani_nb.options import LineParser
 
 if TYPE_CHECKING:
-    pass
+    from kani_nb.config import EngineConfig
+    from kani_nb.notebook.load_view import LoadView
 
 _EXAMPLES = """\
 Examples:
@@ -33,6 +36,8 @@ Examples:
   %load_engine org/model --dtype bfloat16     any chat model of the Hugging Face Hub
   %load_engine ./folder --max-new-tokens 200  a local one, with shorter answers
   %load_engine qwen3-0.6b --as second         beside the one that is loaded
+  %load_engine qwen3-4b --quant nf4           in 4 bits; %engine plan qwen3-4b shows what fits
+  %load_engine auto                           the best model that fits this machine
 """
 
 #: How long a load that was interrupted may take to let go of what it began, before it is left to end by itself.
@@ -111,7 +116,7 @@ class EngineMagics(Magics):
             loaded: LoadedEngine | None = None
             failure: BaseException | None = None
             try:
-                loading = rt.load(config, name=args.as_name, progress=view.progress)
+                loading = _chosen_and_loaded(rt, config, args.as_name, view)
                 call = Call(rt.loop, loading, guard, pump=view.pump, grace_s=_LET_GO_S)
                 loaded = call.result()
             except BaseException as error:
@@ -124,7 +129,7 @@ class EngineMagics(Magics):
                     raise failure from None
                 raise
             finally:
-                view.finish(**_outcome(loaded, config.to_line()), error=failure)
+                view.finish(**_outcome(loaded), error=failure)
 
     @no_var_expand
     @line_magic
@@ -170,7 +175,18 @@ class EngineMagics(Magics):
         self.verbs.dispatch(line)
 
 
-def _outcome(loaded: LoadedEngine | None, line: str) -> dict[str, Any]:
+async def _chosen_and_loaded(rt: Runtime, config: EngineConfig, name: str | None, view: LoadView) -> LoadedEngine:
+    """Load what `config` describes; `auto` is what suits this machine best, and the view then says why."""
+    if config.model == "auto" and "auto" not in rt.engines and not Path("auto").exists():
+        from kani_nb.auto_choice import auto_config
+
+        choice = await asyncio.to_thread(auto_config, config, progress=view.progress)
+        view.choose(choice.config.model, choice.why)
+        config = choice.config
+    return await rt.load(config, name=name, progress=view.progress)
+
+
+def _outcome(loaded: LoadedEngine | None) -> dict[str, Any]:
     """What the last frame says of a load that succeeded."""
     if loaded is None:
         return {}

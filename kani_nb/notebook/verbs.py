@@ -38,6 +38,12 @@ class Verb:
         return self.usage.split()[0]
 
     @property
+    def brief_usage(self) -> str:
+        """Its usage with several options summed up."""
+        without = re.sub(r" \[--[^]]*\]", "", self.usage)
+        return self.usage if len(self.options) < 2 else f"{without} [OPTIONS]"
+
+    @property
     def takes_arguments(self) -> bool:
         """Whether anything may follow it."""
         return len(self.usage.split()) > 1
@@ -72,7 +78,7 @@ class VerbTable:
     @property
     def help_text(self) -> str:
         """Every verb with its arguments, then examples."""
-        lines = {verb.usage: verb.help for verb in self._verbs.values()} | {"help": "this list"}
+        lines = {verb.brief_usage: verb.help for verb in self._verbs.values()} | {"help": "this list"}
         width = max(len(usage) for usage in lines) + 2
         text = [f"{self._prog} VERB", "", *(f"  {usage:<{width}}{help_}" for usage, help_ in lines.items())]
         if self._examples:

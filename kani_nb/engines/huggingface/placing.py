@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kani_nb._amounts import in_words
 from kani_nb.engines.huggingface.arguments import LoadRequest
 from kani_nb.engines.huggingface.checkpoint_packages import check_checkpoint_packages
 from kani_nb.errors import ConfigError, DoesNotFitError, did_you_mean
@@ -21,7 +22,6 @@ from kani_nb.hardware.schemes import Scheme, find_scheme, our_schemes
 from kani_nb.hardware.shapes import ModelShape
 from kani_nb.quantization import Quantization
 
-_GIB = 2**30
 #: Tokens whose KV cache must fit for a model to be loaded, unless a longer context was asked for.
 _LEAST_CONTEXT = 2048
 
@@ -156,6 +156,8 @@ def _what_it_is_held_in(request: LoadRequest, config: Any) -> tuple[Quantization
             fix="load it as it is, without --quant, or load the model that it was made from",
         )
     check_checkpoint_packages(request.name, str(own.get("quant_method", "")))
+    if settings is not None and settings.compute_dtype == _checkpoint_dtype(request, config):
+        settings = replace(settings, compute_dtype="auto")  # which is the same, and not worth a word
     return settings or Quantization(), True
 
 
@@ -365,8 +367,8 @@ def check_offload_folder(folder: Path, row: PlanRow) -> None:
         ) from None
     if needed > free:
         raise ConfigError(
-            f"the offload folder {folder} has {free / _GIB:.1f} GiB free",
-            why=f"{needed / _GIB:.1f} GiB of weights would be kept there",
+            f"the offload folder {folder} has {in_words(free)} free",
+            why=f"{in_words(needed)} of weights would be kept there",
             fix="name one on another disk, or take fewer bits (%engine plan compares)",
         )
 
@@ -377,18 +379,23 @@ def _does_not_fit(
     """The numbers, and two remedies."""
     from kani_nb.hardware.planner import make_plan
 
-    there = ", ".join(f"{each.name} has {each.usable_bytes / _GIB:.1f}" for each in budgets)
     needs = (
-        f"{row.weight_bytes / _GIB:.1f} of weights, {row.kv_bytes / _GIB:.1f} of KV cache at {context_tokens:,} tokens"
+        f"{in_words(row.weight_bytes)} of weights, {in_words(row.kv_bytes)} of KV cache at {context_tokens:,} tokens, "
+        f"{in_words(row.working_bytes)} to work in"
     )
+    there = ", ".join(f"{each.name} has {in_words(each.usable_bytes)}" for each in budgets)
     smaller = make_plan(
-        shape, name=request.name, context_tokens=context_tokens, budgets=budgets, device_map=request.device_map
+        shape,
+        name=request.name,
+        context_tokens=request.max_context_size,
+        budgets=budgets,
+        device_map=request.device if request.device is not None else request.device_map,
     ).best
-    first = smaller.line if smaller is not None and smaller.weight_bytes < row.weight_bytes else "a smaller model"
+    remedy = "a smaller model"
+    if smaller is not None and smaller.weight_bytes < row.weight_bytes:
+        remedy = f"{smaller.line}, which fits"
     return DoesNotFitError(
-        f"{request.name} in {row.label} needs {row.peak_bytes / _GIB:.1f} GiB",
-        why=f"{needs}, {row.working_bytes / _GIB:.1f} to work in; {there} ({row.why_not or 'too little'})",
-        fix=f"{first}, which fits; or --allow-offload, which keeps what does not fit in slower memory"
-        if smaller is not None
-        else f"{first}, or --allow-offload, which keeps what does not fit in slower memory",
+        f"{request.name} in {row.dtype if row.settings.is_none else row.label} needs {in_words(row.peak_bytes)}",
+        why=f"{needs}; {there}",
+        fix=f"{remedy}; or --allow-offload, which keeps what does not fit in slower memory",
     )

@@ -26,9 +26,10 @@ def scheme_of(model: Any) -> str:
     if config.get("load_in_4bit"):
         nested = " + double quant" if config.get("bnb_4bit_use_double_quant") else ""
         return f"{config.get('bnb_4bit_quant_type', '4-bit')}{nested}"
-    method = config.get("quant_method", "quantized")
-    bits = config.get("bits")
-    return f"{getattr(method, 'value', method)}{f', {bits} bits' if bits else ''}"
+    method = str(getattr(config.get("quant_method"), "value", config.get("quant_method", "quantized")))
+    if method == "kani_nb_packed":
+        return f"cpu-int{config['bits']}"
+    return f"{method}, {config['bits']} bits" if config.get("bits") else method
 
 
 def quantization_settings(model: Any) -> dict[str, Any]:
