@@ -96,7 +96,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if quantized := config.get("quantization_config"):
         raise ConfigError(
             f"the model in {folder} is quantized already",
-            why=f"its configuration says {dict(quantized).get('quant_method', 'so')}",
+            why=f"its config.json says {quantized.get('quant_method') if isinstance(quantized, dict) else quantized!r}",
             fix="name the folder of the model that it was made from",
         )
     return config

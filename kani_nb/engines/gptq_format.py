@@ -128,7 +128,9 @@ def read_layer(name: str, parts: dict[str, torch.Tensor], bits: int, version: in
     if version == 1:
         # One more would not fit its bits, and readers that add one to the packed words carry it into the neighbour.
         if bool((zeros == 2**bits - 1).any()):
-            raise ModelFilesError(f"{name}.qzeros holds zero points that {bits} bits cannot", why="the file is damaged")
+            raise ModelFilesError(
+                f"{name}.qzeros holds zero points that do not fit {bits} bits", why="the file is damaged"
+            )
         zeros = zeros + 1
     inputs = qweight.shape[0] * _WORD // bits
     return GptqLayer(name, bits, qweight, zeros, scales, _order(name, parts.get("g_idx"), inputs, scales.shape[0]))

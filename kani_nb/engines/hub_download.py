@@ -205,6 +205,24 @@ def _described(info: RepoInfo, file: RepoFile, token: HubToken | None, fetch: Fe
     return replace(file, size_bytes=int(size), blob=blob)
 
 
+def fetch_small_file(info: RepoInfo, file: RepoFile, token: HubToken | None, fetch: Fetch, timeout_s: float) -> bytes:
+    """The bytes of one small file; nothing is kept on the disk.
+
+    Raises:
+        GatedModelError: access must be granted first.
+        ModelUnavailableError: no answer, or interrupted.
+    """
+
+    def ask() -> bytes:
+        with open_url(_address(info, file), token, timeout_s=timeout_s) as response:
+            return response.read()
+
+    try:
+        return abandonable(ask, fetch, timeout_s)
+    except TRANSPORT_ERRORS as error:
+        raise refusal(error, info.repo, info.commit, token) from error
+
+
 def _address(info: RepoInfo, file: RepoFile) -> str:
     return f"{endpoint()}/{info.repo}/resolve/{info.commit}/{urllib.parse.quote(file.path)}"
 

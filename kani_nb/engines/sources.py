@@ -94,8 +94,8 @@ def resolve(
         if revision is not None:
             raise ConfigError(f"revision {revision!r} was given for {name}", why="files on this disk have none")
         return _from_path(path, allow_pickle)
-    if alias is None and not _REPO.fullmatch(name):
-        raise _unknown(name)
+    if alias is None and not has_repository_name(name):
+        raise unknown_model(name)
     asked = _Request(revision, local_only, allow_pickle, token)
     if alias is not None and alias.wheel is not None and revision is None:
         return _packaged(alias, alias.wheel, asked, fetch)
@@ -158,6 +158,11 @@ def _from_path(path: Path, allow_pickle: bool) -> ModelSource:
     )
 
 
+def has_repository_name(name: str) -> bool:
+    """Whether a repository of the Hub could be called so: `org/model`."""
+    return _REPO.fullmatch(name) is not None
+
+
 def _siblings(path: Path) -> list[Path]:
     try:
         return list(path.parent.iterdir())
@@ -165,7 +170,8 @@ def _siblings(path: Path) -> list[Path]:
         return []
 
 
-def _unknown(name: str) -> UnknownModelError:
+def unknown_model(name: str) -> UnknownModelError:
+    """The error for a name that nothing has, with the near misses."""
     return UnknownModelError(
         f"there is no model {name!r}",
         why="it is no alias, no folder, no file, and a repository is written org/model"
@@ -210,7 +216,7 @@ def _repository(repo: str, asked: _Request, fetch: Fetch, *, answer_within_s: fl
     except UnknownModelError as error:
         if error.fix:
             raise
-        raise UnknownModelError(error.what, why=error.why, fix=_unknown(repo).fix) from error
+        raise UnknownModelError(error.what, why=error.why, fix=unknown_model(repo).fix) from error
     except GatedModelError:
         raise
     except ModelUnavailableError as error:

@@ -45,6 +45,22 @@ def check_weights(folder: Path, *, allow_pickle: bool = False) -> int:
     return sum(_check_pickle(path) for path in paths)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that loading `folder` would read; an empty list where there are none, or not all."""
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            try:
+                return _shards(folder, index)
+            except ModelFilesError:
+                return []
+    return []
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether any file is there that a tokenizer is made of."""
     return any((folder / name).is_file() for name in _TOKENIZERS)

@@ -1,8 +1,9 @@
 """The process that quantizes: `python -m kani_nb.engines.huggingface.gptq_process`.
 
-The first line of its input is the job, a JSON object; it ends when its input does. It prints one JSON object per line: `{"stage": ..., "fraction": ...}` while it works, `{"written": ...}` at the end, and
-`{"error": ..., "kind": ...}` when it fails; whatever gptqmodel prints is told apart by not being that. Its caller gives
-it an empty folder, ends it when it likes, and throws the folder away when it fails.
+The first line of its input is the job, a JSON object; it ends when its input does. It prints one JSON object per line:
+`{"stage": ..., "fraction": ...}` while it works, `{"written": ...}` at the end, and `{"error": ..., "kind": ...}` when
+it fails; what gptqmodel prints is known by not being that. Its caller gives it an empty folder, ends it when it likes,
+and throws the folder away when it fails.
 """
 
 from __future__ import annotations
@@ -15,10 +16,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kani_nb.engines.gptq_folder import GptqFolder, read_layers, read_others, read_skeleton, write_gptq_folder
+from kani_nb.engines.gptq_folder import (
+    GptqFolder,
+    Skeleton,
+    read_layers,
+    read_others,
+    read_skeleton,
+    write_gptq_folder,
+)
 from kani_nb.engines.gptq_format import GptqLayer
 from kani_nb.engines.sources_cache import is_disk_full
 from kani_nb.errors import ConfigError, KaniNbError, ModelFilesError
+from kani_nb.hardware.schemes import find_scheme
 
 #: Longest text that is used, in tokens.
 _LONGEST = 2048
@@ -51,7 +60,7 @@ def quantize(folder: Path, work: Path, group_size: int, texts: list[str]) -> Gpt
         model = model.float()  # a CPU emulates half precision, slowly
     name = get_block_name_with_pattern(model)
     blocks = list(model.get_submodule(name))
-    _check_blocks(folder.name, name, set(skeleton.linears))
+    _check_layers(folder.name, name, skeleton)
     first = next(iter(skeleton.linears))
     original = model.get_submodule(first).weight.detach().clone()
     for number, block in enumerate(blocks):
@@ -94,16 +103,21 @@ class _Announced:
             _tell(stage=f"block {self._number + 1} of {self._blocks}", fraction=round(share, 3))
 
 
-def _check_blocks(model: str, blocks: str, linears: set[str]) -> None:
-    """Refuse models whose linear layers gptqmodel would not reach, or that have none that it can quantize."""
-    outside = sorted(name for name in linears if not name.startswith(f"{blocks}."))
-    if outside or not linears:
-        raise ModelFilesError(
-            f"{model} cannot be quantized with GPTQ",
-            why=f"{outside[0]} is outside of {blocks}"
-            if outside
-            else "it has no linear layers of its own in its blocks",
-        )
+def _check_layers(model: str, blocks: str, skeleton: Skeleton) -> None:
+    """Refuse models whose linear layers gptqmodel would not reach, or cannot pack."""
+    scheme = find_scheme("gptq")
+    for name, (outputs, inputs, _) in skeleton.linears.items():
+        if not name.startswith(f"{blocks}."):
+            raise ModelFilesError(f"{model} cannot be quantized with GPTQ", why=f"{name} is outside of {blocks}")
+        if inputs % scheme.in_multiple or outputs % scheme.out_multiple:
+            raise ModelFilesError(
+                f"{model} cannot be quantized with GPTQ",
+                why=f"{name} has {inputs} inputs and {outputs} outputs, and both must be multiples of "
+                f"{scheme.in_multiple}",
+                fix="another scheme: nf4, int8 or cpu-int8",
+            )
+    if not skeleton.linears:
+        raise ModelFilesError(f"{model} cannot be quantized with GPTQ", why="it has no linear layers in its blocks")
 
 
 def _check_close(layer: GptqLayer, original: Any, group_size: int) -> None:
