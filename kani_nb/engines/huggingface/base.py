@@ -281,7 +281,8 @@ class HuggingEngine(BaseEngine):
         It loads again from there without any argument, and answers in the same way.
 
         Raises:
-            ConfigError: the folder is not empty, or what was loaded can no longer be had exactly; it says why.
+            ConfigError: the folder is not empty, or cannot be written.
+            EngineError: what was loaded can no longer be had exactly; it says why.
         """
         from kani_nb.engines.huggingface import saving
 
@@ -294,7 +295,7 @@ class HuggingEngine(BaseEngine):
         """Put what `save` writes into a repository of the Hub, which is made if need be; its address.
 
         Raises:
-            ConfigError: as `save`.
+            ConfigError, EngineError: as `save`.
             GatedModelError, ModelUnavailableError: the Hub refuses, or cannot be reached.
         """
         from kani_nb.engines.huggingface import saving
@@ -334,7 +335,7 @@ class HuggingEngine(BaseEngine):
             await self.load()
 
         def run(cancelled: threading.Event) -> Any:
-            with self._in_use(cancelled, doing):
+            with self._in_use(cancelled, doing), self._prepared.tokenizer_lock:
                 return work(self._parts()[0])
 
         return await run_in_thread(run, name="kani-nb-work", slot=self.slot)

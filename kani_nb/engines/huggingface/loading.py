@@ -15,6 +15,7 @@ from typing import Any
 from kani_nb.engines.base import LoadProgress, ProgressCallback
 from kani_nb.engines.huggingface.arguments import LoadRequest
 from kani_nb.engines.huggingface.bitsandbytes_kernels import keep_odd_layers_unpacked, silence_noise
+from kani_nb.engines.huggingface.four_bit_packing import guard_state_dict
 from kani_nb.engines.huggingface.generation import LoadedModel
 from kani_nb.engines.huggingface.library_errors import free_memory, quiet, translated
 from kani_nb.engines.huggingface.placing import Placing
@@ -196,6 +197,8 @@ def _from_files(request: LoadRequest, placing: Placing) -> tuple[Any, tuple[str,
     if "device_map" not in options and str(model.device) != placing.device:
         model = model.to(placing.device)
     model.eval()
+    if placing.is_bitsandbytes:
+        guard_state_dict(model)
     if placing.is_bitsandbytes and (odd := keep_odd_layers_unpacked(model)):
         return model, (f"{odd} layers have shapes that the fast 4-bit product cannot take; they use the general one",)
     return model, ()
