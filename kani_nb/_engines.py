@@ -26,12 +26,14 @@ class LoadedEngine:
     Attributes:
         reused: an equal engine was loaded already, and nothing was done.
         replaced: name of the engine that was freed for this one.
+        why: this model was chosen, where `auto` was asked for; a few sentences.
     """
 
     name: str
     engine: BaseEngine
     reused: bool = False
     replaced: str | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class EngineRoster:
     ) -> LoadedEngine:
         """Load the engine that `config` describes and make it the current one.
 
+        The model `auto` is the best of a short list that fits this machine (`kani_nb.auto_choice`).
         An equal configuration that is loaded already is only made current. Without a `name` the engine that was loaded
         without one is freed first, once the new one's files are known to be there.
 
@@ -136,10 +139,16 @@ class EngineRoster:
         if self._load_lock is None:
             self._load_lock = asyncio.Lock()
         async with self._load_lock:
+            why = ""
+            if config.model == "auto" and "auto" not in self._engines:
+                from kani_nb.auto_choice import auto_config
+
+                choice = await asyncio.to_thread(auto_config, config, progress=progress)
+                config, why = choice.config, choice.why
             for known, loaded in self._configs.items():
                 if loaded == config and name in (None, known) and self._engines[known].is_loaded:
                     self._current = known
-                    return LoadedEngine(known, self._engines[known], reused=True)
+                    return LoadedEngine(known, self._engines[known], reused=True, why=why)
             if self._is_name_of_an_engine(config):
                 self._current = config.model
                 return LoadedEngine(config.model, self._engines[config.model], reused=True)
@@ -165,7 +174,7 @@ class EngineRoster:
                 self._current = chosen
                 if name is None:
                     self._replaceable = chosen
-            return LoadedEngine(chosen, engine, replaced=freed[0] if freed else None)
+            return LoadedEngine(chosen, engine, replaced=freed[0] if freed else None, why=why)
 
     def _is_name_of_an_engine(self, config: EngineConfig) -> bool:
         """Whether `%load_engine mine` means the engine that was called so, with `use` or `--as`."""

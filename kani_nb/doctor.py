@@ -79,7 +79,7 @@ def report(front_end: Mapping[str, str] | None = None) -> Report:
     Args:
         front_end: what the caller knows of the place it runs in, in words, by topic.
     """
-    found = [*_programs(), *_compute(), *_hub(), *_conversations()]
+    found = [*_programs(), *_compute(), *_quantization(), *_hub(), *_conversations()]
     found += [Finding(topic, text) for topic, text in (front_end or {}).items()]
     return Report(tuple(found))
 
@@ -146,8 +146,7 @@ def _devices() -> Iterator[Finding]:
         )
         yield Finding("device", f"{device.name}: {device.description}, {memory}{capability}")
     has_gpu = len(devices) > 1
-    quantized = "" if _installed("bitsandbytes") is None else "; bitsandbytes is here for 8 and 4 bit"
-    yield Finding("chosen", f"{best_device()}{quantized if has_gpu else ''}")
+    yield Finding("chosen", best_device())
     if not has_gpu and shutil.which("nvidia-smi") is not None:
         import torch
 
@@ -159,6 +158,76 @@ def _devices() -> Iterator[Finding]:
             if torch.version.cuda is None
             else "check what nvidia-smi says, and CUDA_VISIBLE_DEVICES",
         )
+
+
+def _quantization() -> Iterator[Finding]:
+    try:
+        yield from _schemes()
+        yield _bitsandbytes()
+        yield from _spilling()
+    except (ImportError, OSError):  # torch, whose absence has been told
+        return
+
+
+def _schemes() -> Iterator[Finding]:
+    """Which schemes run on the chosen device, and for the others why not; then what the CPU computes them with."""
+    from kani_nb.hardware.devices import best_device, list_devices
+    from kani_nb.hardware.plans import Budget
+    from kani_nb.hardware.precision import cpu_features, slow_cpu_note, why_not
+    from kani_nb.hardware.schemes import our_schemes
+
+    chosen = next(device for device in list_devices() if device.name == best_device())
+    features = cpu_features()
+    budget = Budget(
+        name=chosen.name,
+        description=chosen.description,
+        total_bytes=chosen.total_bytes,
+        usable_bytes=chosen.free_bytes,
+        compute_capability=chosen.compute_capability,
+        cpu_features=features,
+    )
+    reasons = {scheme.name: why_not(scheme, budget) for scheme in our_schemes()}
+    slow = {scheme.name for scheme in our_schemes() if slow_cpu_note(scheme, budget)}
+    running = [f"{name} (slow on this CPU)" if name in slow else name for name, why in reasons.items() if not why]
+    yield Finding("quantization", f"on {chosen.name}: {', '.join(running)}")
+    refused = [each for each in reasons.values() if each]
+    if refused:
+        yield Finding("not here", " · ".join(refused))
+    import torch
+
+    has = f"; this CPU has {', '.join(features)}" if features else ""
+    yield Finding("CPU kernels", f"torch computes with {torch.backends.cpu.get_cpu_capability()}{has}")
+
+
+def _bitsandbytes() -> Finding:
+    from kani_nb.hardware.bitsandbytes_check import check_bitsandbytes
+
+    problem = check_bitsandbytes()
+    if problem is None:
+        import torch
+
+        toolkit = f"CUDA {torch.version.cuda}" if torch.cuda.is_available() else "the CPU"
+        return Finding("bitsandbytes", f"{_installed('bitsandbytes')}, with its library for {toolkit}")
+    what = f"{problem.what}: {problem.why}" if problem.why else problem.what
+    return Finding("bitsandbytes", "cannot be used", what, problem.fix)
+
+
+def _spilling() -> Iterator[Finding]:
+    """Whether the driver may move a model into main memory by itself, and whether it has."""
+    from kani_nb.hardware.devices import list_devices
+    from kani_nb.hardware.spill import CONTROL_PANEL_SETTING, SEEN_SLOWDOWN, driver_may_spill, spilled_bytes
+
+    cards = [device.name for device in list_devices() if device.name.startswith("cuda")]
+    if not cards or not driver_may_spill():
+        return
+    spilled = spilled_bytes(*cards)
+    has = f"has put at least {spilled / _GIB:.1f} GiB" if spilled else "puts what does not fit"
+    yield Finding(
+        "shared memory",
+        f"{spilled / _GIB:.1f} GiB spilled" if spilled else "nothing spilled",
+        f"this driver {has} into main memory without an error, and answers were {SEEN_SLOWDOWN} times slower there",
+        CONTROL_PANEL_SETTING,
+    )
 
 
 def _hub() -> Iterator[Finding]:

@@ -24,6 +24,8 @@ one paragraph, and the cell fails; the traceback of an unexpected exception is n
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class KaniNbError(Exception):
     """One short paragraph for the person at the keyboard.
@@ -87,7 +89,14 @@ class GenerationError(EngineError):
 
 
 class OutOfMemoryError(EngineError, MemoryError):
-    """The device's memory did not suffice; what the attempt held has been freed."""
+    """The device's memory did not suffice; what the attempt held has been freed.
+
+    Attributes:
+        reply: the `ChatReply` with the part of an answer that came before, which is kept in the conversation; None
+            where there is none.
+    """
+
+    reply: Any = None
 
 
 class DoesNotFitError(EngineError):

@@ -24,6 +24,7 @@ ROWS = [
         "_waiting",
         "_secrets",
         "_arguments",
+        "_amounts",
     },
     {"functions", "hardware", "metrics"},
     {"engines"},

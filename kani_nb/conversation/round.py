@@ -77,7 +77,7 @@ class Round:
 
     Attributes:
         completion: the engine's own record of the whole answer, once it has come.
-        stop_reason: `cancelled` or `interrupted` once somebody asked for the end.
+        stop_reason: `cancelled` or `interrupted` once somebody asked for the end; `error` where memory ran out.
         notices: what the person should know.
     """
 

@@ -21,7 +21,7 @@ from kani_nb.conversation.round import Round, RoundRequest
 from kani_nb.conversation.store import ConversationStore
 from kani_nb.conversation.tree import CellRef, Conversation, Turn, new_id, replacement_notices
 from kani_nb.engines.base import BaseEngine
-from kani_nb.errors import ConversationBusyError, ConversationError, StoreError
+from kani_nb.errors import ConversationBusyError, ConversationError, OutOfMemoryError, StoreError
 from kani_nb.messages import ChatMessage
 from kani_nb.metrics.recorder import GenerationMetrics, Recorder
 
@@ -122,7 +122,8 @@ class ChatSession:
             PromptTooLongError: the prompt alone does not fit the context.
             ConversationBusyError: a round is running on this conversation.
             NoEngineError: no engine is loaded.
-            EngineError: generation failed. As with every error, nothing was committed then.
+            OutOfMemoryError: memory did not suffice; what had come of the answer is committed, marked interrupted.
+            EngineError: generation failed. As with every other error, nothing was committed then.
         """
         return await self._loop.run(self._reply(lambda: self._ask_plan(prompt, cell, append), params))
 
@@ -314,6 +315,13 @@ class ChatSession:
                 if is_generating:
                     await _to_the_end(self._settle(running, draft, journal))
                 raise
+            except OutOfMemoryError as error:
+                if not (is_generating and running.has_begun):
+                    await _to_the_end(journal.discard())
+                    raise
+                running.stop_reason = "error"  # what has come is kept here too, and the error carries it
+                error.reply = await _to_the_end(self._settle(running, draft, journal))
+                raise
             except BaseException:
                 await _to_the_end(journal.discard())
                 raise
@@ -342,7 +350,7 @@ class ChatSession:
         turn = replace(
             draft,
             messages=(*draft.messages, running.message),
-            interrupted=metrics.finish_reason in ("cancelled", "interrupted"),
+            interrupted=metrics.finish_reason in ("cancelled", "interrupted", "error"),
             metrics=metrics.to_dict(),
         )
         notices: list[str] = list(running.notices)

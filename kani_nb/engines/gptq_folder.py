@@ -7,6 +7,7 @@ would not load again. Nothing here quantizes, or reads weights.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -34,8 +35,11 @@ _BESIDE = (
 )
 #: Tables that older models kept with their weights, and that are computed today.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
-#: The group sizes of gptqmodel's fast kernels for a CPU; they take no layer whose inputs are no multiple of it.
-_FAST_GROUPS = (32, 64, 128, 256)
+#: What gptqmodel's fast kernels for a CPU take: these group sizes, inputs that are a multiple of it, and outputs of
+#: this number.
+_FAST_GROUPS, _FAST_OUTPUTS = (32, 64, 128, 256), 32
+#: What groups that are larger, or all of the inputs, are divided into.
+_USUAL_GROUP = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class GptqFolder:
 
     Attributes:
         folder: what to load.
-        group_size: inputs that share a scale; -1 is all of them.
+        group_size: inputs that share a scale, as they were written; -1 is all of them.
         is_symmetric: whether every zero point is the middle of the codes.
         has_act_order: whether inputs were put into groups by their importance.
         weight_bytes: of the file of weights.
@@ -246,7 +250,8 @@ def write_gptq_folder(
     """Write weights, configuration and tokenizer into `work`.
 
     Symmetric weights are written in the first version of the format, which every reader knows; others in the second,
-    since gptqmodel refuses those of the first.
+    since gptqmodel refuses those of the first. Groups that do not divide the inputs of every layer are divided, each
+    part with the scales of the whole: gptqmodel's fast kernels refuse others, or read them wrongly.
 
     Args:
         work: an empty folder.
@@ -260,26 +265,30 @@ def write_gptq_folder(
     from safetensors.torch import save_file
 
     version = 1 if all(layer.is_symmetric for layer in layers) else 2
+    stored = _stored_group_size(layers, group_size)
+    odd = [layer for layer in layers if layer.qweight.shape[1] % _FAST_OUTPUTS]
+    is_fast = stored in _FAST_GROUPS and not odd
+    if stored != group_size:
+        layers = [layer.regrouped(group_size, stored) for layer in layers]
     state: dict[str, torch.Tensor] = {}
     for layer in layers:
-        state |= layer.tensors(version, group_size)
+        state |= layer.tensors(version, stored)
     dtype = next(each.dtype for each in others.values() if each.is_floating_point())
     dtype = torch.float16 if dtype == torch.float32 else dtype
     for name, tensor in others.items():
         state[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
     weights = work / "model.safetensors"
     save_file(state, weights, metadata={"format": "pt"})
-    inputs = sorted({layer.in_features for layer in layers if layer.in_features % group_size})
-    is_fast = group_size in _FAST_GROUPS and not inputs
     name = "gptq" if version == 1 else "gptq_v2"
     quantized = {
         "quant_method": "gptq",
         "bits": layers[0].bits,
-        "group_size": group_size,
+        "group_size": stored,
         "desc_act": any(layer.g_idx is not None for layer in layers),
         "sym": version == 1,
         "format": name,
         "checkpoint_format": name,
+        # Without it, a kernel is chosen that refuses the shapes only when they are there.
         **({} if is_fast else {"backend": "torch"}),
         **further,
     }
@@ -293,17 +302,31 @@ def write_gptq_folder(
     return GptqFolder(
         work,
         layers[0].bits,
-        group_size,
+        stored,
         version == 1,
         bool(quantized["desc_act"]),
         weights.stat().st_size,
-        "" if is_fast else _slow(inputs, group_size),
+        _note(group_size, stored, is_fast),
     )
 
 
-def _slow(inputs: list[int], group_size: int) -> str:
-    why = f"{inputs[0]} inputs are no multiple of {group_size}" if inputs else f"it has groups of {group_size}"
-    return f"gptqmodel's fast kernels cannot take it ({why}): its plain one is used, many times slower on a CPU"
+def _stored_group_size(layers: list[GptqLayer], group_size: int) -> int:
+    """The group size that is written: one that fast kernels take, where the groups can be divided into such."""
+    inputs = {layer.in_features for layer in layers}
+    size = math.gcd(_USUAL_GROUP if group_size == -1 else group_size, *inputs)
+    if size > max(_FAST_GROUPS):
+        size = math.gcd(_USUAL_GROUP, size)
+    return size if size in _FAST_GROUPS else group_size
+
+
+def _note(group_size: int, stored: int, is_fast: bool) -> str:
+    notes = []
+    if stored != group_size:
+        what = "all inputs in one group" if group_size == -1 else f"groups of {group_size}"
+        notes.append(f"{what} are kept as groups of {stored} with equal scales, the same weights, for fast kernels")
+    if not is_fast:
+        notes.append("no fast kernel takes its shapes: gptqmodel's plain one is used, many times slower on a CPU")
+    return "; ".join(notes)
 
 
 def first_line(error: BaseException) -> str:

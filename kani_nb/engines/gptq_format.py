@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kani_nb.errors import ModelFilesError
@@ -85,6 +85,24 @@ class GptqLayer:
         g_idx = self._group_of(group_size)
         codes = unpack(self.qweight, self.bits)[: self.in_features]
         return ((codes - self.zeros[g_idx]) * self.scales.float()[g_idx]).T
+
+    def regrouped(self, group_size: int, size: int) -> GptqLayer:
+        """The same weights in smaller groups, each with the scales and zero points of the group that it is a part of.
+
+        Args:
+            group_size: inputs in a group now; -1 is all of them.
+            size: inputs in a group then; it must divide both `group_size` and the inputs.
+        """
+        import torch
+
+        index = self._group_of(group_size).long()
+        order = index.argsort(stable=True)
+        parents = index[order][::size]
+        g_idx = None
+        if self.g_idx is not None:
+            g_idx = torch.empty_like(self.g_idx)
+            g_idx[order] = torch.arange(self.in_features, dtype=torch.int32) // size
+        return replace(self, zeros=self.zeros[parents], scales=self.scales[parents], g_idx=g_idx)
 
     def _group_of(self, group_size: int) -> torch.Tensor:
         import torch

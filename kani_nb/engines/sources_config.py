@@ -16,7 +16,8 @@ from kani_nb.engines.base import ProgressCallback
 from kani_nb.engines.hub import cached_snapshot, find_token
 from kani_nb.engines.hub_download import fetch_small_file, needed_files, repo_info
 from kani_nb.engines.hub_http import HubToken, is_offline
-from kani_nb.engines.sources import find_alias, has_repository_name, shipped_config, unknown_model
+from kani_nb.engines.sources import has_repository_name, unknown_model
+from kani_nb.engines.sources_aliases import find_alias, shipped_config
 from kani_nb.engines.sources_cache import Fetch
 from kani_nb.engines.sources_checks import weight_files
 from kani_nb.engines.sources_gguf import read_gguf_header

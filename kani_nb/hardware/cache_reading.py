@@ -8,13 +8,11 @@ numbers of heads are taken.
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kani_nb.hardware import meta_runs
 from kani_nb.hardware.shapes import CacheLayer
 
 #: Tokens of the two runs whose difference shows what grows, where a cache layer is of a kind not known here; just short
@@ -29,10 +27,12 @@ class Observed:
     Attributes:
         layers: one for each layer of the cache.
         order: block to its place in running order; empty when the model could not be run.
+        with_values: it ran only in the mode that answers when a value is asked for.
     """
 
     layers: tuple[CacheLayer, ...]
     order: dict[str, int]
+    with_values: bool
 
 
 def observe(model: Any, block_of: Callable[[str], str]) -> Observed:
@@ -48,22 +48,24 @@ def observe(model: Any, block_of: Callable[[str], str]) -> Observed:
         if path and block_of(path) == path:
             hooks.append(module.register_forward_pre_hook(_noting(order, path)))
     try:
-        cache = _run(model, 3)
+        cache, with_values = _run(model, 3, with_values=False), False
+        if cache is None:
+            cache, with_values = _run(model, 3, with_values=True), True
     finally:
         for hook in hooks:
             hook.remove()
     homes = _homes(model, block_of)
     if cache is None:
-        return Observed(_from_config(model, homes), {})
+        return Observed(_from_config(model, homes), {}, with_values)
     if all(_is_known(layer) for layer in cache.layers):
         layers = [_read(layer, homes(index)) for index, layer in enumerate(cache.layers)]
     else:
-        short, long = _run(model, _SHORT), _run(model, _LONG)
+        short, long = (_run(model, tokens, with_values=with_values) for tokens in (_SHORT, _LONG))
         layers = [
             _read(layer, homes(index)) if _is_known(layer) else _compared(less, more, homes(index))
             for index, (layer, less, more) in enumerate(zip(cache.layers, short.layers, long.layers, strict=True))
         ]
-    return Observed(tuple(layers), order)
+    return Observed(tuple(layers), order, with_values)
 
 
 def _noting(order: dict[str, int], path: str) -> Callable[..., None]:
@@ -73,53 +75,15 @@ def _noting(order: dict[str, int], path: str) -> Callable[..., None]:
     return note
 
 
-def _run(model: Any, tokens: int) -> Any:
+def _run(model: Any, tokens: int, *, with_values: bool) -> Any:
     """The model's cache after `tokens` tokens on the meta device, or None where the model cannot run there."""
-    for mode in (contextlib.nullcontext, _any_value()):  # the mode costs as much as the run itself
-        with contextlib.suppress(Exception):  # whatever a model's own code raises when there are no values
-            return _run_once(model, tokens, mode())
-    return None
-
-
-def _run_once(model: Any, tokens: int, mode: Any) -> Any:
-    import torch
     from transformers.cache_utils import DynamicCache
 
-    accepted = inspect.signature(model.forward).parameters
-    argument = "cache_params" if "cache_params" in accepted else "past_key_values"
-    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    cache = DynamicCache(config=model.config)
-    ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
-    with torch.inference_mode(), torch.device("meta"), mode, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model(input_ids=ids, use_cache=True, **{argument: cache}, **options)
-    return cache
-
-
-@functools.cache
-def _any_value() -> Any:
-    """A mode in which a number that is asked of the meta device is 1, and a search there finds nothing.
-
-    Only shapes are looked at here. A model that loops over the experts its tokens chose then loops over none.
-    """
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    aten = torch.ops.aten
-
-    class AnyValue(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            first = args[0] if args else None
-            if isinstance(first, torch.Tensor) and first.device.type == "meta":
-                if func in (aten._local_scalar_dense.default, aten.item.default):
-                    return True if first.dtype is torch.bool else 1.0 if first.dtype.is_floating_point else 1
-                if func is aten.is_nonzero.default:
-                    return True
-                if func is aten.nonzero.default:
-                    return torch.empty((0, first.ndim), dtype=torch.long, device="meta")
-            return func(*args, **(kwargs or {}))
-
-    return AnyValue
+    with contextlib.suppress(Exception):  # whatever a model's own code raises when there are no values
+        cache = DynamicCache(config=model.config)
+        meta_runs.run(model, tokens, cache, *([meta_runs.any_value()] if with_values else []))
+        return cache
+    return None
 
 
 def _homes(model: Any, block_of: Callable[[str], str]) -> Callable[[int], str]:

@@ -12,7 +12,6 @@ from kani_nb.hardware.arithmetic import (
     WeightBytes,
     bytes_read_per_token,
     dtype_bytes,
-    kv_bytes,
     kv_bytes_by_block,
     weight_bytes,
 )
@@ -94,19 +93,9 @@ class Costing:
             is_aside = device == "disk" or (device == "cpu" and bool(accelerators))
             settings, scheme = self.kept_aside if is_aside else (self.settings, self.scheme)
             held = part(self.shape, {name for name, where in device_map.items() if where == device})
-            cache = kv_bytes(held, context_tokens, self.dtype, self.kv_bits)
-            total += (self._weights_read(replace(held, cache_layers=()), settings, scheme) + cache) / speed
+            read = bytes_read_per_token(held, settings, self.dtype, context_tokens, scheme, self.kv_bits)
+            total += read / speed
         return total or None
-
-    def _weights_read(self, shape: ModelShape, settings: Quantization, scheme: Scheme) -> int:
-        """Bytes of weights that one token reads."""
-        if scheme.backend != "other":
-            return bytes_read_per_token(shape, settings, self.dtype, 1)
-        read = 0.0  # a scheme that only its checkpoint knows: what is read in equal part is counted together
-        for active in {each.active for each in shape.tensors}:
-            alike = replace(shape, tensors=tuple(each for each in shape.tensors if each.active == active))
-            read += active * weight_bytes(alike, settings, scheme, self.dtype).total
-        return int(read)
 
 
 def part(shape: ModelShape, blocks: set[str]) -> ModelShape:

@@ -2,18 +2,14 @@
 
 `PackedInt8Linear` and `PackedInt4Linear` take the place of `torch.nn.Linear` (built when first asked for: they need
 torch). One or a few rows, as in decoding, go through torch's kernels, which read the codes directly; more rows, as in a
-prompt, are a matrix product with weights that are spelled out piece by piece. The kernels are private to torch, so they
-are tried once on small products with known results (`kernel_support`); where they are missing, wrong, or not
-vectorized, everything takes the second way: right, and slower.
+prompt, are a matrix product with the weight dequantized piece by piece. Where the kernels are not to be used
+(`hardware.packed_kernels` finds out), everything takes the second way: right, and slower.
 
 How a model gets these layers is `hardware.packed_quantizer`; how codes are found is `hardware.packed_codes`.
 """
 
 from __future__ import annotations
 
-import platform
-import sys
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,127 +17,36 @@ from kani_nb.errors import ConfigError
 from kani_nb.hardware.packed_codes import (
     GROUP_SIZES,
     KernelLayout,
-    find_layout,
+    LayoutPart,
     int4_codes,
+    int4_weight,
     int8_codes,
-    packed,
+    int8_weight,
     row_chunks,
     unpacked,
 )
+from kani_nb.hardware.packed_kernels import kernel_support
 
 #: Inputs of an int8 layer must be a multiple of it: the kernel reads 16 at a time, and past the end if they are not.
 INT8_IN_MULTIPLE = 16
 #: The same of an int4 layer (the smallest group), and what its outputs must be a multiple of.
 INT4_IN_MULTIPLE, INT4_OUT_MULTIPLE = GROUP_SIZES[0], 16
-#: Most rows that the kernels multiply faster than spelled-out weights do.
-INT8_KERNEL_ROWS, INT4_KERNEL_ROWS = 20, 56
-#: Weights that are spelled out at once: 2 MB in bfloat16. Larger pieces leave the cache, and from 32 MB on each
+#: From here on a layer is large: fewer rows pay for dequantizing it, since its codes are not in the cache.
+_LARGE_WEIGHTS = 1 << 23
+#: Weights that are dequantized at once: 2 MB in bfloat16. Larger pieces leave the cache, and from 32 MB on each
 #: allocation is fetched anew from the system, which takes longer than the product.
 _PIECE_WEIGHTS = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class KernelSupport:
-    """What became of trying torch's kernel.
-
-    Attributes:
-        bits: 8 or 4.
-        works: whether it is there, vectorized, and right.
-        why: the reason when it is not used.
-        layout: of int4, the order in which it wants its codes.
-    """
-
-    bits: int
-    works: bool
-    why: str = ""
-    layout: KernelLayout | None = None
-
-
-@cache
-def kernel_support(bits: int) -> KernelSupport:
-    """Whether torch's packed product of `bits` bits is used here, found out once for each process. Loads torch."""
-    import torch
-
-    if (slow := _not_vectorized()) is not None:
-        return KernelSupport(bits, False, slow)
-    try:
-        return _try_int8() if bits == 8 else _try_int4()
-    except (AttributeError, RuntimeError, TypeError) as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        return KernelSupport(bits, False, f"torch {torch.__version__} refused it: {type(error).__name__}: {first[:200]}")
-
-
-def _not_vectorized() -> str | None:
-    """Why the kernels would be plain loops here, several times slower than not using them; None where they are not.
-
-    Source: the preprocessor conditions of torch's `int8mm_kernel.cpp` and `int4mm_kernel.cpp`.
-    """
-    import torch
-
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return None
-    if sys.platform == "win32":
-        return "torch's kernel for it is not vectorized on Windows"
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability.startswith("AVX"):
-        return None
-    return f"torch's kernel for it is not vectorized on this CPU ({capability})"
-
-
-def _try_int8() -> KernelSupport:
-    import torch
-
-    layer = _example(8)
-    rows = _example_rows()
-    product = torch._weight_int8pack_mm(rows, layer.weight, layer.scale)
-    return _judged(8, product, rows, layer, None)
-
-
-def _try_int4() -> KernelSupport:
-    import torch
-
-    layer = _example(4)
-    layout = find_layout(torch._convert_weight_to_int4pack_for_cpu)
-    if layout is None:
-        return KernelSupport(4, False, "torch packs int4 weights in an order that is not known")
-    rows = _example_rows()
-    ordered = torch._convert_weight_to_int4pack_for_cpu(unpacked(layer.weight).to(torch.int32), 1)
-    product = torch._weight_int4pack_mm_for_cpu(rows, ordered, layer.group_size, layer.scale_and_zero)
-    return _judged(4, product, rows, layer, layout)
-
-
-def _example_rows() -> Any:
-    import torch
-
-    return torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-
-
-def _example(bits: int) -> Any:
-    """A small layer with outputs in whole blocks of a kernel, and a rest."""
-    import torch
-
-    weight = torch.randn(64 + 48, 128, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
-    if bits == 8:
-        return packed_class(8).from_weight(weight)
-    return packed_class(4).from_weight(weight, group_size=32)
-
-
-def _judged(bits: int, product: Any, rows: Any, layer: Any, layout: KernelLayout | None) -> KernelSupport:
-    """Right within twice the rounding of a bfloat16 result, or not used."""
-    exact = rows.float() @ layer.dequantized().float().t()
-    error = float((product.float() - exact).abs().max() / exact.abs().max())
-    if not error <= 2**-7:  # also where it is not a number
-        return KernelSupport(bits, False, f"torch's kernel for it is wrong here by {error:.1%}")
-    return KernelSupport(bits, True, layout=layout)
 
 
 class _PackedLinear:
     """What both layers have in common. Buffers are all they hold: codes, scales, and the bias if there is one."""
 
     bits: int
-    #: The buffers that hold the weight.
-    content: tuple[str, ...]
-    weight: Any
+    #: Most rows that the kernel multiplies faster than a product with the dequantized weight is.
+    kernel_rows: int
+    #: The buffer with the scales.
+    scales_name: str
+    codes: Any
     bias: Any
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: Any, device: Any) -> None:
@@ -154,11 +59,19 @@ class _PackedLinear:
         self.register_buffer("bias", empty)  # type: ignore[attr-defined]
 
     @property
+    def weight(self) -> Any:
+        """The weight (N, K) that is held, dequantized anew each time; some models look at its dtype, or use it."""
+        return self.dequantized()
+
+    def dequantized(self) -> Any:
+        """The weight (N, K) that is held, in the scales' dtype."""
+        raise NotImplementedError
+
+    @property
     def product(self) -> str:
-        """How a row is multiplied here: `packed` through torch's kernel, or `dequantized` and why."""
-        if (why := self._why_not_packed()) is not None:
-            return f"dequantized: {why}"
-        return "packed"
+        """How a single row is multiplied here: `packed`, through torch's kernel, or `dequantized: ` and why."""
+        why = self._why_not_packed()
+        return "packed" if why is None else f"dequantized: {why}"
 
     def _why_not_packed(self) -> str | None:
         import torch
@@ -166,37 +79,44 @@ class _PackedLinear:
         support = kernel_support(self.bits)
         if not support.works:
             return support.why
-        if self._scales().dtype is not torch.bfloat16:
+        scales = getattr(self, self.scales_name)
+        if scales.dtype is not torch.bfloat16:
             return "torch's kernel is fast in bfloat16 only"
-        if self._scales().device.type != "cpu":
+        if scales.device.type != "cpu":
             return "torch's kernel runs on a CPU only"
         return None
 
-    def _scales(self) -> Any:
-        raise NotImplementedError
+    def forward(self, inputs: Any) -> Any:
+        """Inputs (..., K) times the weight, plus the bias: (..., N), in the inputs' dtype."""
+        buffers = self._buffers  # type: ignore[attr-defined]  # far faster to read than the attributes of a module
+        codes, scales = buffers["codes"], buffers[self.scales_name]
+        rows = inputs.reshape(-1, self.in_features).contiguous()
+        if self._takes_kernel(rows, codes, scales):
+            product = self._packed_product(rows, codes, scales)
+        else:
+            product = self._dequantized_product(rows)
+        if (bias := buffers["bias"]) is not None:
+            product = product + bias.to(product.dtype)
+        return product.view(*inputs.shape[:-1], self.out_features)
 
-    def _takes_kernel(self, rows: Any, limit: int) -> bool:
+    def _takes_kernel(self, rows: Any, codes: Any, scales: Any) -> bool:
         """Whether these rows (M, K) go through the kernel."""
         import torch
 
-        scales = self._scales()
         return (
-            0 < rows.shape[0] <= limit
-            and rows.dtype is scales.dtype is torch.bfloat16
-            and rows.device.type == scales.device.type == "cpu"
+            0 < rows.shape[0] <= self.kernel_rows
+            and rows.dtype is torch.bfloat16
+            and scales.dtype is torch.bfloat16
+            and rows.is_cpu
+            and codes.data_ptr() % 64 == 0
             and not (rows.requires_grad and torch.is_grad_enabled())  # the kernels have no derivative
             and kernel_support(self.bits).works
         )
 
-    def forward(self, inputs: Any) -> Any:
-        """Inputs (..., K) times the weight, plus the bias: (..., N), in the inputs' dtype."""
-        rows = inputs.reshape(-1, self.in_features)
-        product = self._multiply(rows.contiguous())
-        if self.bias is not None:
-            product = product + self.bias.to(product.dtype)
-        return product.view(*inputs.shape[:-1], self.out_features)
+    def _packed_product(self, rows: Any, codes: Any, scales: Any) -> Any:
+        raise NotImplementedError
 
-    def _multiply(self, rows: Any) -> Any:
+    def _dequantized_product(self, rows: Any) -> Any:
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -217,7 +137,7 @@ class _Int8(_PackedLinear):
     """
 
     bits = 8
-    content = ("weight", "scale")
+    scales_name = "scale"
     scale: Any
 
     def __init__(
@@ -228,8 +148,9 @@ class _Int8(_PackedLinear):
         if not fits_int8(in_features, out_features):
             raise _misfit(8, in_features, out_features, f"inputs must be a multiple of {INT8_IN_MULTIPLE}")
         super().__init__(in_features, out_features, bias, dtype, device)
+        self.kernel_rows = 20 if in_features * out_features < _LARGE_WEIGHTS else 12
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
-        self.register_buffer("weight", codes)  # type: ignore[attr-defined]
+        self.register_buffer("codes", codes)  # type: ignore[attr-defined]
         scale = torch.empty(out_features, dtype=dtype, device=device)
         self.register_buffer("scale", scale)  # type: ignore[attr-defined]
 
@@ -243,31 +164,30 @@ class _Int8(_PackedLinear):
 
     def quantize(self, weight: Any) -> None:
         """Hold `weight` (N, K) from now on."""
-        self.weight, self.scale = int8_codes(weight.detach())
+        self.codes, self.scale = int8_codes(weight.detach())
 
     def dequantized(self) -> Any:
         """The weight (N, K) that is held, in the scale's dtype."""
-        return self.weight.to(self.scale.dtype) * self.scale[:, None]
+        return int8_weight(self.codes, self.scale)
 
     def finish(self) -> None:
         """Put the codes where the kernel may read them; a file mapped into memory has them anywhere."""
-        if not _is_aligned(self.weight):
-            self.weight = self.weight.clone()
+        if not _is_aligned(self.codes):
+            self.codes = self.codes.clone()
 
-    def _scales(self) -> Any:
-        return self.scale
-
-    def _multiply(self, rows: Any) -> Any:
+    def _packed_product(self, rows: Any, codes: Any, scales: Any) -> Any:
         import torch
 
-        # At other addresses torch 2.13's kernel ends the process.
-        if self._takes_kernel(rows, INT8_KERNEL_ROWS) and _is_aligned(self.weight):
-            aligned = rows if _is_aligned(rows) else rows.clone()
-            return torch._weight_int8pack_mm(aligned, self.weight, self.scale)
+        # Of rows at other addresses torch 2.13's kernel reads some past their end, and the process ends.
+        return torch._weight_int8pack_mm(rows if _is_aligned(rows) else rows.clone(), codes, scales)
+
+    def _dequantized_product(self, rows: Any) -> Any:
+        import torch
+
         scale = self.scale.to(rows.dtype)
         parts = []
         for start, stop in row_chunks(self.out_features, self.in_features, _PIECE_WEIGHTS):
-            codes = self.weight[start:stop].to(rows.dtype)
+            codes = self.codes[start:stop].to(rows.dtype)
             if rows.dtype is torch.float16:  # sums of codes could pass its largest number
                 parts.append(torch.nn.functional.linear(rows, codes.mul_(scale[start:stop, None])))
             else:
@@ -291,7 +211,7 @@ class _Int4(_PackedLinear):
     """
 
     bits = 4
-    content = ("weight", "scale_and_zero")
+    scales_name = "scale_and_zero"
     scale_and_zero: Any
 
     def __init__(
@@ -311,10 +231,11 @@ class _Int4(_PackedLinear):
             raise _misfit(4, in_features, out_features, why)
         super().__init__(in_features, out_features, bias, dtype, device)
         self.group_size = group_size
+        self.kernel_rows = 80
         #: The order the codes are in; None is the portable one.
         self.layout: KernelLayout | None = None
         codes = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device)
-        self.register_buffer("weight", codes)  # type: ignore[attr-defined]
+        self.register_buffer("codes", codes)  # type: ignore[attr-defined]
         lines = torch.empty(in_features // group_size, out_features, 2, dtype=dtype, device=device)
         self.register_buffer("scale_and_zero", lines)  # type: ignore[attr-defined]
 
@@ -323,34 +244,29 @@ class _Int4(_PackedLinear):
         """A layer that holds `weight` (N, K) as nearly as 4 bits can; its codes in the portable order."""
         outputs, inputs = weight.shape
         has_bias = bias is not None
-        layer = cls(
-            inputs, outputs, group_size=group_size, bias=has_bias, dtype=weight.dtype, device=weight.device
-        )
+        layer = cls(inputs, outputs, group_size=group_size, bias=has_bias, dtype=weight.dtype, device=weight.device)
         layer.quantize(weight)
         layer.bias = None if bias is None else bias.detach()
         return layer
 
     def quantize(self, weight: Any) -> None:
         """Hold `weight` (N, K) from now on."""
-        self.weight, self.scale_and_zero = int4_codes(weight.detach(), self.group_size)
+        self.codes, self.scale_and_zero = int4_codes(weight.detach(), self.group_size)
         self.layout = None
 
     def dequantized(self) -> Any:
         """The weight (N, K) that is held, in the scales' dtype."""
-        lines = self.scale_and_zero.transpose(0, 1)[:, :, None]
-        codes = unpacked(self.codes()).view(self.out_features, -1, self.group_size)
-        weight = (codes.to(lines.dtype) - 8) * lines[..., 0] + lines[..., 1]
-        return weight.view(self.out_features, self.in_features)
+        return int4_weight(self.portable_codes(), self.scale_and_zero)
 
-    def codes(self) -> Any:
+    def portable_codes(self) -> Any:
         """The codes in the portable order: (N, K / 2) uint8. A copy where the layer holds them in another."""
         import torch
 
         if self.layout is None:
-            return self.weight
-        codes = torch.empty_like(self.weight)
+            return self.codes
+        codes = torch.empty_like(self.codes)
         for start, stop in row_chunks(self.out_features, self.in_features, _PIECE_WEIGHTS):
-            codes[start:stop] = packed(self.layout.by_input(self.weight, start, stop).t())
+            codes[start:stop] = self.layout.portable(self.codes, start, stop)
         return codes
 
     def finish(self) -> None:
@@ -359,55 +275,64 @@ class _Int4(_PackedLinear):
 
         if self.layout is not None or self._why_not_packed() is not None:
             return
-        ordered = torch.empty_like(self.weight)
+        ordered = torch.empty_like(self.codes)
         for start, stop in row_chunks(self.out_features, self.in_features, _PIECE_WEIGHTS):
-            codes = unpacked(self.weight[start:stop]).to(torch.int32)
+            codes = unpacked(self.codes[start:stop]).to(torch.int32)
             ordered[start:stop] = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-        self.weight, self.layout = ordered, kernel_support(4).layout
+        self.codes, self.layout = ordered, kernel_support(4).layout
 
-    def _scales(self) -> Any:
-        return self.scale_and_zero
+    def _takes_kernel(self, rows: Any, codes: Any, scales: Any) -> bool:
+        return self.layout is not None and super()._takes_kernel(rows, codes, scales)
 
-    def _multiply(self, rows: Any) -> Any:
+    def _packed_product(self, rows: Any, codes: Any, scales: Any) -> Any:
         import torch
 
-        if self.layout is not None and self._takes_kernel(rows, INT4_KERNEL_ROWS):
-            return torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.scale_and_zero)
+        return torch._weight_int4pack_mm_for_cpu(rows, codes, self.group_size, scales)
+
+    def _dequantized_product(self, rows: Any) -> Any:
+        import torch
+
         lines = self.scale_and_zero.to(rows.dtype)
         # The zeros' share is a small product of its own: the sum of each group of inputs times its zero.
-        sums = rows.view(rows.shape[0], -1, self.group_size).sum(2, dtype=torch.float32).to(rows.dtype)
-        parts = []
+        sums = rows.unflatten(1, (-1, self.group_size)).sum(2, dtype=torch.float32).to(rows.dtype)
+        found = []
         for start, stop in row_chunks(self.out_features, self.in_features, _PIECE_WEIGHTS):
-            scale, zero = lines[:, start:stop].unbind(2)
-            parts.append(torch.addmm(sums @ zero, rows, self._scaled_codes(scale, start, stop)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            if self.layout is None:
+                found.append(self._portable_piece(rows, sums, lines[:, start:stop], start, stop))
+                continue
+            parts = self.layout.parts(self.out_features, start, stop)
+            found += [self._ordered_piece(rows, sums, lines[:, each.start : each.stop], each) for each in parts]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
-    def _scaled_codes(self, scale: Any, start: int, stop: int) -> Any:
-        """Codes times `scale` (K / g, n) of the outputs from `start` to `stop`: (K, n)."""
+    def _portable_piece(self, rows: Any, sums: Any, lines: Any, start: int, stop: int) -> Any:
+        """The outputs from `start` to `stop` (M, n); `lines` (K / g, n, 2) are theirs."""
         import torch
 
-        count = stop - start
-        if self.layout is not None:
-            codes = self.layout.by_input(self.weight, start, stop)
-            shape: tuple[int, ...] = (-1, self.group_size, count)
-            scale = scale.contiguous()[:, None]
-        else:
-            codes = unpacked(self.weight[start:stop])
-            shape = (count, -1, self.group_size)
-            scale = scale.t().contiguous()[:, :, None]
-        weight = codes.view(torch.int8).sub_(8).to(scale.dtype).view(shape).mul_(scale)
-        if self.layout is not None:
-            return weight.view(self.in_features, count)
-        return weight.view(count, self.in_features).t()
+        codes = unpacked(self.codes[start:stop]).view(torch.int8).sub_(8).to(rows.dtype)
+        scale, zero = lines.unbind(2)
+        codes.view(stop - start, -1, self.group_size).mul_(scale.t().contiguous()[:, :, None])
+        return torch.addmm(sums @ zero, rows, codes.t())
+
+    def _ordered_piece(self, rows: Any, sums: Any, lines: Any, part: LayoutPart) -> Any:
+        """The outputs of `part` (M, n); each pass over their codes is over whole rows of numbers."""
+        import torch
+
+        scale, zero = lines.unbind(2)
+        found = []
+        for codes, each_scale in zip(part.halves(self.codes), part.split(scale.contiguous()), strict=True):
+            weight = codes.view(torch.int8).sub_(8).to(rows.dtype)
+            weight.view(-1, self.group_size, weight.shape[1]).mul_(each_scale[:, None])
+            found.append(rows @ weight)
+        return torch.addmm(part.both(*found), sums, zero)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        destination[f"{prefix}weight"] = self.codes()
+        destination[f"{prefix}codes"] = self.portable_codes()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         was_finished = self.layout is not None
         if was_finished:
-            self.weight, self.layout = self.codes(), None
+            self.codes, self.layout = self.portable_codes(), None
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
         if was_finished:
             self.finish()
@@ -430,7 +355,9 @@ def fits_int4(in_features: int, out_features: int) -> bool:
 
 
 def _misfit(bits: int, in_features: int, out_features: int, why: str) -> ConfigError:
-    return ConfigError(f"a linear layer of {in_features} inputs and {out_features} outputs cannot be held in {bits} bits", why=why)
+    return ConfigError(
+        f"a linear layer of {in_features} inputs and {out_features} outputs cannot be held in {bits} bits", why=why
+    )
 
 
 @cache

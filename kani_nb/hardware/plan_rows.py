@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kani_nb.config import EngineConfig
-from kani_nb.hardware.arithmetic import disk_bytes, host_bytes, kv_bytes_per_token, working_bytes
+from kani_nb.hardware.arithmetic import disk_bytes, host_bytes, kv_bytes, kv_bytes_per_token, working_bytes
 from kani_nb.hardware.budgets import PROCESS_BYTES
 from kani_nb.hardware.checkpoint_schemes import checkpoint_of
 from kani_nb.hardware.costing import Costing, cut_as, told_places
@@ -113,7 +113,7 @@ class _Case:
             self.settings, self.scheme = checkpoint.held(self.kind, capability)
             if checkpoint.note and self.scheme.backend == "torch":
                 self.notes.append(checkpoint.note)
-        choice = choose_dtype(question.dtype, question.checkpoint_dtype, self.kind, capability)
+        choice = choose_dtype(question.dtype, question.checkpoint_dtype, self.kind, capability, self.scheme)
         self.dtype = choice.dtype
         self.notes += [choice.reason] if choice.reason else []
         self.told: str | dict[str, str] = question.device_map
@@ -123,6 +123,10 @@ class _Case:
             self.told = told_places(shape, question.device_map)
         self.costing = Costing(
             shape=shape, settings=self.settings, scheme=self.scheme, dtype=self.dtype, kv_bits=question.kv_bits
+        )
+        # bitsandbytes would leave all on a CPU unquantized, and other schemes' weights are nothing accelerate moves.
+        self.can_offload = self.scheme.backend == "torch" or (
+            self.scheme.backend == "bitsandbytes" and self.kind != "cpu"
         )
         is_offloading = question.allow_offload or isinstance(self.told, dict)
         self.weights = self.costing.weights()
@@ -141,7 +145,9 @@ class _Case:
             self.question.shape.parameters, is_gpu=self.kind != "cpu", is_half=self.dtype != "float32"
         )
         chunk = min(chunk, context_tokens)
-        return working_bytes(self.question.shape, self.settings, self.dtype, chunk, context_tokens, self.kind)
+        return working_bytes(
+            self.question.shape, self.settings, self.dtype, chunk, context_tokens, self.kind, self.question.kv_bits
+        )
 
     def placed(self, context_tokens: int, *, room: float = 1.0, allow_offload: bool = False) -> Placement:
         """Where everything goes at that context, when only the share `room` of each device may be used."""
@@ -154,17 +160,25 @@ class _Case:
         low, high = 0, self.question.shape.context_tokens or _LONGEST_TOKENS
         while low < high:
             middle = (low + high + 1) // 2
-            if self.placed(middle).fits:
+            if self._fits_at(middle):
                 low = middle
             else:
                 high = middle - 1
         return low
 
+    def _fits_at(self, context_tokens: int) -> bool:
+        """Whether that context fits; on a single device no block has to be looked at."""
+        if len(self.computing) != 1 or isinstance(self.told, dict):
+            return self.placed(context_tokens).fits
+        cache = kv_bytes(self.costing.shape, context_tokens, self.dtype, self.question.kv_bits)
+        needed = self.weights.total + cache + self.working(context_tokens)
+        return needed <= self.computing[0].usable_bytes
+
     def row(self) -> PlanRow:
         """Everything put together."""
         question, tokens = self.question, self.question.context_tokens
         shape = self.costing.shape
-        placement = self.placed(tokens, allow_offload=question.allow_offload)
+        placement = self.placed(tokens, allow_offload=question.allow_offload and self.can_offload)
         is_as_asked = isinstance(self.told, dict) or not placement.is_offloaded
         can_run = placement.fits and not self.obstacle
         shares = placement.shares or (self._nowhere(tokens),)
@@ -193,7 +207,7 @@ class _Case:
             why_not=self.obstacle or _lacking(placement, shares, self.computing, is_as_asked),
             notes=(*self.notes, *self._further_notes(self.weights.experts, host)),
             ceiling_tokens_per_s=1 / seconds if seconds else None,
-            line=_line(question, self.settings),
+            line=_line(question, self.settings) if self.scheme.engine == "hf" else "",
         )
 
     def _nowhere(self, tokens: int) -> Share:
@@ -210,10 +224,16 @@ class _Case:
 
     def _further_notes(self, expert_bytes: int, host: int) -> list[str]:
         notes = [note for each in self.computing[:1] if (note := slow_cpu_note(self.scheme, each))]
+        if self.question.allow_offload and not self.can_offload:
+            notes.append(
+                f"{self.scheme.name} cannot be kept aside on {'the disk' if self.kind == 'cpu' else 'the CPU'}"
+            )
+        if self.scheme.engine != "hf":
+            notes.append(f"load a .gguf file of {self.question.name or 'the model'} that has {self.scheme.name}")
         if expert_bytes and self.scheme.backend != "torch":
             notes.append(f"{self.scheme.name} leaves the experts as they are, {gib(expert_bytes)} of them")
         memory = next((each for each in self.question.budgets if each.name == "cpu" and each.is_here), None)
-        if self.kind != "cpu" and memory is not None and host > memory.usable_bytes:
+        if memory is not None and host > memory.usable_bytes and not self.obstacle:
             notes.append(f"loading takes {gib(host)} of main memory, and {gib(memory.usable_bytes)} are free")
         return notes
 

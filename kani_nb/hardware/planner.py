@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from kani_nb.errors import DoesNotFitError
+from kani_nb.hardware.arithmetic import can_quantize_kv
 from kani_nb.hardware.budgets import budgets_here, budgets_of
 from kani_nb.hardware.checkpoint_schemes import checkpoint_of
 from kani_nb.hardware.placement import SLOW, check_device_map
@@ -103,7 +104,7 @@ def make_plan(
         budgets=devices,
         rows=tuple(rows),
         recommended=best,
-        notes=tuple(_notes(question)),
+        notes=tuple(_notes(question, has_cards=kind == "cuda")),
     )
 
 
@@ -226,7 +227,7 @@ def _settings(shape: ModelShape, kind: str, quantizations: Iterable[Quantization
     return found
 
 
-def _notes(question: Question) -> Iterator[str]:
+def _notes(question: Question, *, has_cards: bool) -> Iterator[str]:
     """What concerns every row."""
     shape = question.shape
     window = shape.context_tokens
@@ -247,8 +248,9 @@ def _notes(question: Question) -> Iterator[str]:
         number = sum(layer.window is not None for layer in shape.cache_layers)
         yield f"{number} of {len(shape.cache_layers)} layers keep no more than {max(windows):,} tokens"
     if question.kv_bits is not None:
-        yield f"the KV cache is held in {question.kv_bits} bits"
-    yield (
-        "to have: a tenth more than the total, for what an allocator cannot use again, and half a GiB that a process "
-        "takes of a card"
-    )
+        if can_quantize_kv(shape):
+            yield f"the KV cache is held in {question.kv_bits} bits, all but its last 128 tokens"
+        else:
+            yield "the KV cache cannot be quantized: transformers wants full attention in every layer for that"
+    process = ", and half a GiB that a process takes of a card" if has_cards else ""
+    yield f"to have: a tenth more than the total, for what an allocator cannot use again{process}"

@@ -35,23 +35,34 @@ class DtypeChoice:
 
 
 def choose_dtype(
-    asked: str, checkpoint: str | None, device_kind: str, capability: tuple[int, int] | None = None
+    asked: str,
+    checkpoint: str | None,
+    device_kind: str,
+    capability: tuple[int, int] | None = None,
+    scheme: Scheme | None = None,
 ) -> DtypeChoice:
     """What the weights that stay unquantized are held and multiplied in; or what 4-bit weights are multiplied in.
 
     `auto` is the checkpoint's own dtype, except that a CPU, which emulates float16 slowly, takes float32 for it. What a
     CUDA device has no arithmetic for is replaced, asked for or not: bfloat16 by float16 below 8.0, float16 by float32
-    below 5.3. On a CPU a float16 that was asked for is given. Apple's GPUs have both (bfloat16 from macOS 14).
+    below 5.3. On a CPU a float16 that was asked for is given, and torch's packed products take bfloat16 where nothing
+    was: their kernels are fast in nothing else. Apple's GPUs have both (bfloat16 from macOS 14).
 
     Args:
         asked: `auto`, `float32`, `bfloat16` or `float16`.
         checkpoint: the dtype that the configuration names; None where it names none.
         device_kind: `cuda`, `mps` or `cpu`.
         capability: of a CUDA device; None for AMD's and others.
+        scheme: of the weights, where it is known.
     """
     wanted = checkpoint if asked == "auto" else asked
     if wanted not in ("float32", "bfloat16", "float16"):
         return DtypeChoice("auto")
+    is_packed = device_kind == "cpu" and scheme is not None and scheme.backend == "packed"
+    if is_packed and asked == "auto" and wanted != "bfloat16":
+        return DtypeChoice(
+            "bfloat16", f"torch's packed products are fast in bfloat16 only, which is taken for {wanted}"
+        )
     if device_kind == "cpu" and wanted == "float16":
         if asked == "auto":
             return DtypeChoice("float32", "a CPU emulates float16 slowly, so float32 is taken instead")

@@ -43,7 +43,14 @@ def packed_config(settings: Quantization, dtype: str) -> Any:
 
 
 def gptq_config(settings: Quantization, dtype: str) -> Any:
-    """Transformers' `GPTQConfig`, in the format that can be loaded again."""
+    """Transformers' `GPTQConfig` for quantizing while loading; to keep the result, `quantize_gptq` is the way.
+
+    Without a back end named, gptqmodel arranges the weights for this machine at once, and saving them loses them.
+    """
     from transformers import GPTQConfig
 
-    return GPTQConfig(bits=4, group_size=settings.group_size or 128, backend="torch")
+    from kani_nb.hardware.calibration import CALIBRATION_TEXTS
+
+    return GPTQConfig(
+        bits=4, group_size=settings.group_size or 128, dataset=list(CALIBRATION_TEXTS), sym=True, backend="torch"
+    )

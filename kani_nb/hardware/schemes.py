@@ -15,6 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 from kani_nb.errors import ConfigError, did_you_mean
+from kani_nb.hardware.packed_codes import group_size_for
 from kani_nb.hardware.scheme_configs import bitsandbytes_config, gptq_config, packed_config
 from kani_nb.quantization import Quantization
 
@@ -25,7 +26,7 @@ Backend = Literal["torch", "bitsandbytes", "packed", "gptq", "gguf", "other"]
 _BNB_BLOCK, _BNB_NESTED_BLOCK = 64, 256
 #: Bytes of the 16 code values of a 4-bit type, kept by each tensor; and of what double quantization adds to them.
 _BNB_CODE, _BNB_NESTED_CODE = 64, 1024 + 4
-DEFAULT_GROUP_SIZE = {"cpu-int4": 64, "gptq": 128}
+DEFAULT_GROUP_SIZE = {"cpu-int4": 32, "gptq": 128}
 
 #: `(out_features, in_features, settings, bytes of the model's dtype)` -> bytes of one linear weight with its scales.
 LinearBytes = Callable[[int, int, Quantization, int], int]
@@ -47,6 +48,7 @@ class Scheme:
         knobs: the settings of `Quantization` that it takes.
         quantizes: the kinds of tensors that it quantizes (`shapes.TensorKind`), the head left out.
         quantizes_head: whether the output head is quantized too; an embedding tied to it stays, beside the copy.
+        head_scheme: the scheme that the output head is held in, where it is another; its bytes and multiples count.
         in_multiple: what the inputs of a quantized linear must be a multiple of; others see `leaves_odd_shapes`.
         out_multiple: the same for its outputs.
         leaves_odd_shapes: whether linears of other shapes simply stay as they are.
@@ -65,6 +67,7 @@ class Scheme:
     knobs: frozenset[str] = frozenset()
     quantizes: frozenset[str] = frozenset({"linear"})
     quantizes_head: bool = False
+    head_scheme: str | None = None
     in_multiple: int = 1
     out_multiple: int = 1
     leaves_odd_shapes: bool = True
@@ -99,7 +102,7 @@ def _as_dtype(outputs: int, inputs: int, settings: Quantization, dtype_bytes: in
 
 def _int8(outputs: int, inputs: int, settings: Quantization, dtype_bytes: int) -> int:
     if settings.llm_int8_has_fp16_weight:
-        return outputs * inputs * 2
+        return outputs * inputs * dtype_bytes
     return outputs * inputs + 4 * outputs
 
 
@@ -114,16 +117,18 @@ def _bnb_4bit(outputs: int, inputs: int, settings: Quantization, dtype_bytes: in
 
 
 def _packed_int8(outputs: int, inputs: int, settings: Quantization, dtype_bytes: int) -> int:
-    return outputs * inputs + 2 * outputs
+    return outputs * inputs + dtype_bytes * outputs
 
 
 def _packed_int4(outputs: int, inputs: int, settings: Quantization, dtype_bytes: int) -> int:
-    groups = inputs // (settings.group_size or DEFAULT_GROUP_SIZE["cpu-int4"])
-    return outputs * inputs // 2 + outputs * groups * 4
+    wanted = settings.group_size or DEFAULT_GROUP_SIZE["cpu-int4"]
+    groups = inputs // (group_size_for(inputs, wanted) or wanted)
+    return outputs * inputs // 2 + outputs * groups * 2 * dtype_bytes
 
 
 def _gptq(outputs: int, inputs: int, settings: Quantization, dtype_bytes: int) -> int:
-    groups = math.ceil(inputs / (settings.group_size or DEFAULT_GROUP_SIZE["gptq"]))
+    # Groups that do not divide the inputs are written as smaller ones, for the kernels' sake.
+    groups = inputs // math.gcd(inputs, settings.group_size or DEFAULT_GROUP_SIZE["gptq"])
     return outputs * inputs // 2 + groups * outputs * 2 + groups * outputs // 2 + 4 * inputs
 
 
@@ -193,6 +198,7 @@ _OURS = (
         cpu_features=("avx512f", "avx2", "asimd"),
         knobs=frozenset({"llm_int8_skip_modules"}),
         quantizes_head=True,
+        in_multiple=16,
         transformers_config=packed_config,
     ),
     Scheme(
@@ -201,9 +207,10 @@ _OURS = (
         backend="packed",
         linear_bytes=_packed_int4,
         devices=frozenset({"cpu"}),
-        cpu_features=("avx512f", "avx2"),
+        cpu_features=("avx512f", "avx2", "asimd"),
         knobs=frozenset({"group_size", "llm_int8_skip_modules"}),
         quantizes_head=True,
+        head_scheme="cpu-int8",
         in_multiple=32,
         out_multiple=16,
         transformers_config=packed_config,
@@ -213,10 +220,11 @@ _OURS = (
         summary="4 bits fitted to example texts: the best answers of the 4-bit schemes, minutes to make once",
         backend="gptq",
         linear_bytes=_gptq,
-        needs=(("gptqmodel", "5.0"), ("optimum", "1.24")),
+        needs=(("gptqmodel", "7.7"), ("optimum", "2.3")),
         knobs=frozenset({"group_size"}),
         in_multiple=32,
         out_multiple=32,
+        leaves_odd_shapes=False,
         transformers_config=gptq_config,
     ),
 )

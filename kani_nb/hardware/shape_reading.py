@@ -17,6 +17,7 @@ from typing import Any
 from kani_nb.errors import ConfigError, ModelFilesError
 from kani_nb.hardware.cache_reading import number, observe
 from kani_nb.hardware.shapes import ModelShape, TensorKind, TensorShape
+from kani_nb.hardware.workspace_reading import read_moments
 
 #: transformers changes torch's default dtype while it builds a model, for the whole process: one at a time, and none
 #: while another model loads.
@@ -52,14 +53,16 @@ def shape_of(config: Any, name: str = "", model_cls: Any = None, *, trust_remote
         model = _on_meta(config, name, model_cls, trust_remote_code)
         reading = _Reading(model)
         observed = observe(model, reading.block_of)
-    text = model.config.get_text_config(decoder=True)
-    running = sorted(reading.blocks, key=lambda block: observed.order.get(block, len(observed.order)))
+        text = model.config.get_text_config(decoder=True)
+        context = number(text, _CONTEXT_NAMES) or None
+        running = sorted(reading.blocks, key=lambda block: observed.order.get(block, len(observed.order)))
+        moments = read_moments(model, running, observed, context)
     experts = number(text, _EXPERTS_NAMES)
     return ModelShape(
         name=name,
         architecture=type(model).__name__,
         checkpoint_dtype=_dtype_of(config),
-        context_tokens=number(text, _CONTEXT_NAMES) or None,
+        context_tokens=context,
         vocab_size=number(text, ("vocab_size",)),
         hidden_size=number(text, ("hidden_size", "n_embd", "d_model")),
         intermediate_size=number(text, ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"))
@@ -68,6 +71,7 @@ def shape_of(config: Any, name: str = "", model_cls: Any = None, *, trust_remote
         tensors=tuple(reading.tensors),
         cache_layers=observed.layers,
         blocks=tuple(running),
+        head=reading.head,
         has_tied_head=reading.has_tied_head,
         prequantized=prequantized_of(config),
         default_skips=tuple(sorted(_default_skips(model))),
@@ -75,6 +79,7 @@ def shape_of(config: Any, name: str = "", model_cls: Any = None, *, trust_remote
         attention=str(getattr(model.config, "_attn_implementation", None) or "eager"),
         experts=experts,
         experts_per_token=number(text, _EXPERTS_PER_TOKEN_NAMES) if experts else 0,
+        moments=moments,
     )
 
 
@@ -142,6 +147,7 @@ class _Reading:
         self.blocks: list[str] = []
         self._add_blocks(model, "")
         head = model.get_output_embeddings()
+        self.head = next((path for path, module in model.named_modules() if module is head), "")
         self._head_weight = getattr(head, "weight", None)
         self._looked_up = self._lookups()
         self.has_tied_head = self._head_weight is not None and id(self._head_weight) in self._looked_up
@@ -207,6 +213,7 @@ class _Reading:
             active=self._active(kind, path, module, tensor),
             is_kept_float32=bool(self._kept.search(name)) or tensor.dtype is torch.float32,
             is_kept_from_float16=bool(self._kept_from_half.search(name)),
+            is_conv1d=type(module).__name__ == "Conv1D",
             is_computed=is_computed,
             own_bytes=0 if tensor.dtype is torch.bfloat16 else tensor.element_size(),
         )
@@ -236,7 +243,7 @@ class _Reading:
         if not self._per_token:
             return 1.0
         if _is_experts(module) and tensor.ndim >= 2:
-            return min(1.0, self._per_token / tensor.shape[0])
+            return min(1.0, self._per_token / int(tensor.shape[0]))
         # Experts as modules of their own, `...experts.7.up_proj`.
         parts = path.split(".")
         for place, part in enumerate(parts[:-1]):

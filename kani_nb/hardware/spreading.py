@@ -169,16 +169,14 @@ def _offloaded(
 ) -> Placement | None:
     """As many blocks as can be on the devices that compute, in running order, and the rest kept aside.
 
-    The first device also holds the cache of the blocks kept aside, and the largest of their modules for a moment.
+    One device also holds the cache of the blocks kept aside, and the largest of their modules for a moment. Of several
+    accelerators accelerate takes any (the first of a set), so each of them must have room for it.
     """
     fewest = 0 if computing[0].name == "cpu" else 1  # without anything on it, an accelerator would not compute
     for kept in range(len(blocks) - 1, fewest - 1, -1):
         rest = blocks[kept:]
         extra = sum(block.kv_bytes for block in rest) + max(block.streamed_bytes for block in rest)
-        caps = [each.usable_bytes for each in computing]
-        caps[0] -= extra
-        if caps[0] < working_bytes:
-            continue
+        caps = [each.usable_bytes - extra for each in computing]
         filled = _filled(blocks[:kept], caps, working_bytes)
         stored = _stored(rest, [each.usable_bytes for each in aside])
         if filled is None or stored is None:

@@ -16,16 +16,24 @@ from kani_nb.quantization import Quantization
 _MIB = 2**20
 #: Characters of an answer that the table shows.
 _ANSWER_SHOWN = 160
+#: What "peak" means, by where it was read.
+_MEMORY_WORDS = {
+    "rss": "Weights are counted, scales included. The peak is what the process's resident memory grew by at most while "
+    "it answered, since before the load; what its allocator still had from earlier work is not in it.",
+    "cuda": "Weights are counted, scales included. The peak is what the CUDA allocator gave out at most while it "
+    "answered, less what it had before the load.",
+}
+#: More CPUs than there are, wanted by this comparison and others together, from which times are of no use.
+_CROWDED_CPUS = 0.3
 COLUMNS = (
     "scheme",
-    "weights",
-    "in use",
-    "peak",
-    "load",
-    "first text",
-    "per token (min-max)",
+    "weights MiB",
+    "peak MiB",
+    "load s",
+    "first text ms",
+    "ms per token (min-max)",
     "speed-up",
-    "KL (nats)",
+    "KL nats",
     "top-1",
     "perplexity",
 )
@@ -42,7 +50,7 @@ class ComparedRow:
         reason: why it was not measured; empty where it was.
         fix: what to do about that.
         dtype, device: what the engine says of itself once it is loaded.
-        load_s: from files that are there to a model in memory.
+        load_s: from files that are there to a model in memory. The first scheme of a library imports it in that time.
         weight_bytes: of weights and scales, before the first forward pass.
         in_use_bytes: how much more memory was in use once it was loaded; `memory_source` says of what.
         peak_bytes: the same while it answered: the highest of all runs.
@@ -218,11 +226,13 @@ class Comparison:
     @property
     def remarks(self) -> list[str]:
         """What is to be known of single rows and of all: reasons, memory that did not come back, the machine's load."""
-        lines = []
-        for row in self.rows:
-            if not row.is_measured:
-                lines.append(f"{row.label} was not measured: {row.reason}" + (f" → {row.fix}" if row.fix else ""))
-            lines += [f"{row.label}: {note}" for note in row.notes]
+        lines = [
+            f"{row.label} was not measured: {row.reason}" + (f" → {row.fix}" if row.fix else "")
+            for row in self.rows
+            if not row.is_measured
+        ]
+        said = dict.fromkeys(note for row in self.rows for note in row.notes)
+        lines += [f"{', '.join(row.label for row in self.rows if note in row.notes)}: {note}" for note in said]
         busy = [
             f"{row.label} {row.load_average:.1f}"
             + (f" ({row.others_cpus:.1f} CPUs by others)" if row.others_cpus is not None else "")
@@ -231,14 +241,25 @@ class Comparison:
         ]
         if busy:
             lines.append(f"Load average when the runs began: {', '.join(busy)}.")
-        sources = {row.memory_source for row in self.measured}
-        words = {"rss": "the process's resident memory", "cuda": "what the CUDA allocator gave out"}
-        if sources:
-            grown = " and ".join(words.get(each, each) for each in sorted(sources))
-            lines.append(f"In use and peak are growth of {grown} since before the load; weights are counted.")
+        crowded = [row.label for row in self.measured if self._is_crowded(row)]
+        if crowded:
+            lines.append(
+                f"Other programs wanted the same CPUs while {', '.join(crowded)} answered: do not believe the times, "
+                "and measure again when the machine is idle."
+            )
+        left = [f"{row.label} {row.left_bytes / _MIB:+,.0f} MiB" for row in self.rows if row.left_bytes is not None]
+        if left:
+            lines.append(f"Left in use after each was freed: {', '.join(left)}.")
+        lines += [_MEMORY_WORDS.get(each, each) for each in sorted({row.memory_source for row in self.measured})]
         if self.environment.beside:
             lines.append(f"{', '.join(self.environment.beside)} stayed loaded meanwhile, and took memory of its own.")
         return [*lines, *self.notes]
+
+    def _is_crowded(self, row: ComparedRow) -> bool:
+        """Whether more was wanted of the CPUs than there is, while it was timed."""
+        where = self.environment
+        wanted = where.threads + (row.others_cpus or 0.0)
+        return row.memory_source == "rss" and wanted > where.cpus + _CROWDED_CPUS
 
     def _answers(self) -> list[str]:
         lines = [f"Answers to {self.prompt!r} begin:"] if self.measured else []
@@ -251,10 +272,9 @@ class Comparison:
         return (
             row.label,
             _mib(row.weight_bytes),
-            _mib(row.in_use_bytes),
             _mib(row.peak_bytes),
-            "" if row.load_s is None else f"{row.load_s:.1f} s",
-            "" if row.ttft_s is None else f"{row.ttft_s * 1000:,.0f} ms",
+            "" if row.load_s is None else f"{row.load_s:.1f}",
+            "" if row.ttft_s is None else f"{row.ttft_s * 1000:,.0f}",
             _per_token(row.tpot_runs_s),
             "" if speed_up is None else f"{speed_up:.2f}x",
             "" if row.kl_nats is None else _number(row.kl_nats),
@@ -273,11 +293,11 @@ def _per_token(runs: Sequence[float]) -> str:
     if not runs:
         return ""
     low, high = min(runs) * 1000, max(runs) * 1000
-    return f"{fmean(runs) * 1000:,.1f} ms ({low:,.1f}-{high:,.1f})"
+    return f"{fmean(runs) * 1000:,.1f} ({low:,.1f}-{high:,.1f})"
 
 
 def _mib(count: int | None) -> str:
-    return "" if count is None else f"{count / _MIB:,.1f} MiB"
+    return "" if count is None else f"{count / _MIB:,.1f}"
 
 
 def _number(value: float | None) -> str:

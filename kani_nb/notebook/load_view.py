@@ -40,7 +40,6 @@ class LoadView:
         kind: SurfaceKind | None = None,
     ) -> None:
         self._model = model
-        self._why = ""
         self._clock = clock
         self._surface = Surface(kind, display)
         self._lock = threading.Lock()
@@ -58,10 +57,6 @@ class LoadView:
                 self._stages[-1] = (event, self._stages[-1][1])
             else:
                 self._stages.append((event, self._clock()))
-
-    def choose(self, model: str, why: str) -> None:
-        """Say from now on that `model` is loaded, and in the end why it was chosen. Safe from any thread."""
-        self._model, self._why = model, why
 
     def pump(self) -> None:
         """Show where the load is, if it is time to."""
@@ -116,7 +111,7 @@ class LoadView:
             memory = "" if memory_bytes is None else size(memory_bytes)
             parts = [model or self._model, origin, device, dtype, memory, note or f"loaded in {duration}"]
             line = " · ".join(part for part in parts if part)
-        lines = [each for each in (line, self._why, "" if error is not None else remarks) if each]
+        lines = [each for each in (line, "" if error is not None else remarks) if each]
         if self._surface.kind is SurfaceKind.TERMINAL:
             self._surface.write("\n".join(lines) + "\n")
             return

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import weakref
 from argparse import Namespace
 from concurrent.futures import CancelledError
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 
@@ -17,7 +15,7 @@ from kani_nb._waiting import Call
 from kani_nb.config import config_from_args, load_parser
 from kani_nb.errors import ConfigError, KaniNbError
 from kani_nb.notebook.engine_verbs import EngineVerbs, details_of
-from kani_nb.notebook.holders import forget_tracebacks, holders_of, watch
+from kani_nb.notebook.holders import Watched, forget_tracebacks
 from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.notebook.settings import KaniNB
 from kani_nb.notebook.short_errors import short_errors
@@ -25,10 +23,6 @@ from kani_nb.notebook.stat_line import size
 from kani_nb.notebook.tables import print_text
 from kani_nb.notebook.verbs import unquoted
 from kani_nb.options import LineParser
-
-if TYPE_CHECKING:
-    from kani_nb.config import EngineConfig
-    from kani_nb.notebook.load_view import LoadView
 
 _EXAMPLES = """\
 Examples:
@@ -110,13 +104,14 @@ class EngineMagics(Magics):
         config = config_from_args(chosen)
         from kani_nb.notebook.load_view import LoadView
 
+        watched = Watched(rt.engines.values())
         with InterruptGuard() as guard:
             view = LoadView(config.model)
             call: Call[LoadedEngine] | None = None
             loaded: LoadedEngine | None = None
             failure: BaseException | None = None
             try:
-                loading = _chosen_and_loaded(rt, config, args.as_name, view)
+                loading = rt.load(config, name=args.as_name, progress=view.progress)
                 call = Call(rt.loop, loading, guard, pump=view.pump, grace_s=_LET_GO_S)
                 loaded = call.result()
             except BaseException as error:
@@ -130,6 +125,8 @@ class EngineMagics(Magics):
                 raise
             finally:
                 view.finish(**_outcome(loaded), error=failure)
+                if held := watched.still_held(self.shell, rt.engines.values()):  # of the one that was freed for it
+                    print_text(held)
 
     @no_var_expand
     @line_magic
@@ -147,18 +144,18 @@ class EngineMagics(Magics):
             print_text("%unload_engine [NAME]\n\nFree the current engine, or the one of that name.")
             return
         engine = rt.need_engine(name)
-        watched, unloaded = watch(engine), weakref.ref(engine)
+        watched, unloaded = Watched([engine]), weakref.ref(engine)
         del engine
+        forget_tracebacks(self.shell)
         with InterruptGuard() as guard:
             # What is being freed is not left half freed: an interrupt is answered when it is done.
             report = Call(rt.loop, rt.unload(name), guard, ask_to_end=lambda: None, grace_s=60.0).result()
-            forget_tracebacks(self.shell)
-            held = holders_of(self.shell, watched)
+            held = watched.still_held(self.shell, rt.engines.values())
         print_text(_unloaded(report))
         if any(each.answering_engine is not None and each.answering_engine is unloaded() for each in rt.chats.values()):
             print_text("An answer is still running on it: its memory is freed when that ends (%chat stop ends it).")
         elif held:
-            print_text(f"It is still held by {', '.join(held)}: its memory is freed when they let go (del NAME).")
+            print_text(held)
 
     @no_var_expand
     @line_magic
@@ -175,17 +172,6 @@ class EngineMagics(Magics):
         self.verbs.dispatch(line)
 
 
-async def _chosen_and_loaded(rt: Runtime, config: EngineConfig, name: str | None, view: LoadView) -> LoadedEngine:
-    """Load what `config` describes; `auto` is what suits this machine best, and the view then says why."""
-    if config.model == "auto" and "auto" not in rt.engines and not Path("auto").exists():
-        from kani_nb.auto_choice import auto_config
-
-        choice = await asyncio.to_thread(auto_config, config, progress=view.progress)
-        view.choose(choice.config.model, choice.why)
-        config = choice.config
-    return await rt.load(config, name=name, progress=view.progress)
-
-
 def _outcome(loaded: LoadedEngine | None) -> dict[str, Any]:
     """What the last frame says of a load that succeeded."""
     if loaded is None:
@@ -194,7 +180,7 @@ def _outcome(loaded: LoadedEngine | None) -> dict[str, Any]:
     memory = loaded.engine.memory()
     precision, scheme = str(details.get("dtype", "")), str(details.get("quantization", "none"))
     precision = precision if scheme == "none" else f"{scheme}, the rest in {precision}"
-    note = ""
+    note, notes = "", str(details.get("notes", ""))
     if loaded.reused:
         note = f"loaded already as {loaded.name}; nothing was done"
     elif loaded.replaced not in (None, loaded.name):
@@ -205,7 +191,8 @@ def _outcome(loaded: LoadedEngine | None) -> dict[str, Any]:
         "dtype": precision,
         "memory_bytes": memory.weight_bytes if memory is not None else None,
         "note": note,
-        "remarks": "" if loaded.reused else str(details.get("notes", "")),
+        "model": loaded.name if loaded.why else "",
+        "remarks": " ".join(each for each in (loaded.why, "" if loaded.reused else notes) if each),
     }
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kani_nb.hardware.spill import SEEN_SLOWDOWN
+
 if TYPE_CHECKING:
     from kani_nb.metrics.recorder import GenerationMetrics
 
@@ -29,7 +31,7 @@ _ENDINGS = {
 
 
 def stat_line(metrics: GenerationMetrics) -> str:
-    """One line: tokens, speed, first text, cached tokens, context, peak memory, and how the answer ended.
+    """One line: tokens, speed, first text, cached tokens, context, memory, where it ran, and how the answer ended.
 
     What is not known is left out.
     """
@@ -41,6 +43,8 @@ def stat_line(metrics: GenerationMetrics) -> str:
         _prompt(metrics),
         context_use(metrics.context_tokens, metrics.max_context_size),
         peak_memory(metrics),
+        placement(metrics),
+        spilled(metrics),
         _ENDINGS.get(metrics.finish_reason, metrics.finish_reason),
     ]
     return " · ".join(part for part in parts if part)
@@ -84,3 +88,29 @@ def peak_memory(metrics: GenerationMetrics) -> str:
     if metrics.peak_bytes is None:
         return ""
     return f"peak {size(metrics.peak_bytes)} ({_SOURCES.get(metrics.peak_source, metrics.peak_source)})"
+
+
+def placement(metrics: GenerationMetrics) -> str:
+    """Which share of the weights was where: only when a part was not where the rest was, or was on the disk."""
+    held = {device: share for device, share in metrics.placement.items() if share > 0}
+    if len(held) < 2 and "disk" not in held:
+        return ""
+    ordered = sorted(held.items(), key=lambda each: -each[1])
+    return ", ".join(f"{_percent(share)} on {device}" for device, share in ordered)
+
+
+def _percent(share: float) -> str:
+    """A share that is neither nothing nor everything never reads as one."""
+    if share < 0.005:
+        return "under 1 %"
+    return "over 99 %" if 0.995 <= share < 1 else f"{share * 100:.0f} %"
+
+
+def spilled(metrics: GenerationMetrics) -> str:
+    """What the driver has moved into main memory by itself, and what that usually costs."""
+    if not metrics.spilled_bytes:
+        return ""
+    return (
+        f"{size(metrics.spilled_bytes)} spilled into shared memory: {SEEN_SLOWDOWN} times slower was seen"
+        " (%kani doctor says how to forbid it)"
+    )

@@ -32,6 +32,7 @@ _SLOWEST_S = 1 / 1.5
 _COST_SHARE = 50
 _LONGEST_PROMPT_IN_FRAMES = 2_000
 _UNFINISHED = "not finished; this turn was not added to the conversation"
+_KEPT = "not finished; the answer so far is kept in the conversation"
 
 
 class StreamView:
@@ -110,19 +111,20 @@ class StreamView:
 
         Args:
             reply: the `ChatReply`; without one, that which was fed, or else the text so far.
-            error: why there is none; the cell that raises it says so itself.
+            error: why there is none, or only the part that it carries; the cell that raises it says so itself.
         """
         if self._is_finished:
             return
         self._take_arrived()
         self._is_finished = True
-        self._reply = reply = self._reply if reply is None else reply
+        kept = getattr(error, "reply", None)
+        self._reply = reply = next((each for each in (reply, self._reply, kept) if each is not None), None)
         metrics = getattr(reply, "metrics", None)
         text = self.text if reply is None else reply.text
         notices = self._notices if reply is None else [str(each) for each in reply.notices]
         stat = "" if metrics is None else stat_line(metrics)
         # What went wrong is said by the cell's own error, below.
-        error_text = "" if error is None else _UNFINISHED
+        error_text = "" if error is None else _UNFINISHED if kept is None else _KEPT
         if self._surface.kind is SurfaceKind.TERMINAL:
             self._print_new()
             lines = [f"[{each}]\n" for each in (*self._call_lines(), *notices, error_text, stat) if each]

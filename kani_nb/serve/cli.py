@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 import kani_nb
 from kani_nb._arguments import in_plain_words
 from kani_nb._secrets import holds_secret, without_secrets
+from kani_nb.compare import add_arguments
 from kani_nb.errors import ConfigError, KaniNbError, did_you_mean
 from kani_nb.options import LOAD_OPTIONS
+from kani_nb.planning import add_plan_options
 
 #: What a shell shows for a process that an interrupt ended.
 _INTERRUPTED = 130
@@ -71,11 +73,33 @@ def build_parser() -> argparse.ArgumentParser:
     prefetch.add_argument("--revision", help="branch, tag or commit of the repository")
     prefetch.set_defaults(run=_prefetch)
 
+    plan = commands.add_parser("plan", help="what a model would take under each scheme, before it is downloaded")
+    plan.add_argument("model", help="alias (smollm2), org/model, folder or FILE.gguf")
+    add_plan_options(plan)
+    plan.add_argument("--json", action="store_true", help="end with the same as one line of JSON")
+    plan.set_defaults(run=_plan)
+
+    convert = commands.add_parser("convert-gptq", help="make an old GPTQ file (llama7b-4bit-128g.pt) a model's folder")
+    convert.add_argument("file", help="the checkpoint: FILE.pt or FILE.safetensors")
+    convert.add_argument(
+        "--model", metavar="FOLDER", required=True, help="the model it was made from: config.json and tokenizer"
+    )
+    convert.add_argument("--out", metavar="FOLDER", required=True, help="where to write; new or empty")
+    convert.add_argument("--group-size", type=int, default=128, metavar="N", help="as it was made; -1 for no groups")
+    convert.add_argument("--bits", type=int, default=4, metavar="N", help="of each weight (default: 4)")
+    convert.set_defaults(run=_convert_gptq)
+
     doctor = commands.add_parser(
         "doctor", help="what is installed, seen and decided here, and what to do about problems"
     )
     doctor.add_argument("--json", action="store_true", help="end with the same as one line of JSON")
     doctor.set_defaults(run=_doctor)
+
+    compare = commands.add_parser("compare", help="measure a model's memory, speed and quality under several schemes")
+    compare.add_argument("model", help="alias (smollm2), org/model or a folder")
+    add_arguments(compare)
+    compare.add_argument("--json", action="store_true", help="end with the same as one line of JSON")
+    compare.set_defaults(run=_compare)
 
     chat = commands.add_parser("chat", help="chat in this terminal; Ctrl-C ends an answer, Ctrl-D the chat")
     chat.add_argument("model", nargs="?", default="smollm2", help="as in %%load_engine (default: smollm2)")
@@ -131,11 +155,47 @@ def _prefetch(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from kani_nb.plan_text import plan_text
+    from kani_nb.planning import plan_model, request_from_args
+    from kani_nb.serve.terminal import ProgressLine, harmless
+
+    request = request_from_args(vars(args))
+    with ProgressLine() as line:
+        plan = plan_model(**request.arguments, progress=line.progress)
+    print(harmless(plan_text(plan)))
+    if args.json:
+        print(json.dumps(plan.to_dict()))
+    return 0
+
+
+def _convert_gptq(args: argparse.Namespace) -> int:
+    from kani_nb.engines.gptq_checkpoint import convert_gptq_checkpoint
+    from kani_nb.hardware.gptq_check import needs_of
+
+    made = convert_gptq_checkpoint(args.file, args.model, args.out, args.group_size, args.bits)
+    print(f"{made.folder} is a model of {made.bits}-bit weights, {made.weight_bytes / 2**20:,.0f} MiB")
+    for note in (made.note, str(needs_of("gptq") or "")):
+        if note:
+            print(note)
+    print(f"%load_engine {made.folder}")
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from kani_nb.doctor import report
 
     found = report()
     print(found.to_text())
+    if args.json:
+        print(json.dumps(found.to_dict()))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from kani_nb.serve.terminal_compare import run_compare
+
+    found = run_compare(vars(args))
     if args.json:
         print(json.dumps(found.to_dict()))
     return 0

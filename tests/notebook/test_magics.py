@@ -87,7 +87,7 @@ def test_options_of_the_answer_reach_the_engine(cells, clean_runtime):
         ("%chat resume", "no earlier conversation"),
         ("%chat save", "needs something after it"),
         ("%chat load /nowhere/at/all.json", "there is no file"),
-        ("%engine plan smollm2", "no verb 'plan'"),
+        ("%engine dance smollm2", "no verb 'dance'"),
         ("%engine lst", "did you mean list?"),
         ("%engine use other", "no engine is called 'other'"),
         ("%kani doctr", "did you mean doctor?"),
@@ -239,7 +239,7 @@ def test_unloading_says_what_it_gave_back_and_who_still_holds_the_model(cells, c
     cells.good("m = __import__('kani_nb').runtime().engine.model")
     printed = cells.good("%unload_engine")
     assert "big is unloaded" in printed
-    assert "held by m" in printed
+    assert "held by the variable m" in printed
     assert clean_runtime.engine is None
     clean_runtime.use(WithModel(), name="big")
     assert "held" not in cells.good("%unload_engine big")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from kani_nb.metrics.recorder import GenerationMetrics
@@ -62,3 +64,37 @@ def test_a_context_nearly_full_is_warned_of():
 def test_sizes_and_durations_have_the_digits_that_matter():
     assert (size(50 * 2**20), size(2**30)) == ("50 MiB", "1.0 GiB")
     assert (seconds(0.1234), seconds(42.4), seconds(150)) == ("0.12 s", "42 s", "2 min 30 s")
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ({"cuda:0": 0.62, "cpu": 0.38}, "62 % on cuda:0, 38 % on cpu"),
+        ({"cpu": 0.003, "cuda:0": 0.997}, "over 99 % on cuda:0, under 1 % on cpu"),
+        ({"cuda:0": 0.5, "cuda:1": 0.3, "disk": 0.2}, "50 % on cuda:0, 30 % on cuda:1, 20 % on disk"),
+        ({"disk": 1.0}, "100 % on disk"),
+    ],
+)
+def test_where_the_weights_are_is_said_when_it_is_not_one_device(held, said):
+    assert f" · {said} · stop" in stat_line(GenerationMetrics(**FULL, placement=held))
+
+
+@pytest.mark.parametrize("held", [{}, {"cuda:0": 1.0}, {"cpu": 1.0, "cuda:0": 0.0}])
+def test_one_device_goes_without_saying(held):
+    assert stat_line(GenerationMetrics(**FULL, placement=held)) == stat_line(GenerationMetrics(**FULL))
+
+
+def test_memory_that_the_driver_moved_by_itself_is_said_with_what_it_costs():
+    line = stat_line(GenerationMetrics(**FULL, spilled_bytes=int(3.2 * 2**30)))
+    assert "3.2 GiB spilled into shared memory: 51 times slower was seen" in line
+
+
+def test_metrics_that_were_stored_before_these_fields_are_still_read():
+    old = GenerationMetrics(**FULL).to_dict()
+    del old["placement"], old["spilled_bytes"]
+    assert GenerationMetrics.from_dict(old) == GenerationMetrics(**FULL)
+
+
+def test_placement_survives_its_stored_form():
+    metrics = GenerationMetrics(**FULL, placement={"cuda:0": 0.75, "cpu": 0.25}, spilled_bytes=7)
+    assert GenerationMetrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics

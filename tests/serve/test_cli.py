@@ -7,12 +7,16 @@ import sqlite3
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
 import kani_nb
 from kani_nb.conversation.store import ConversationStore
 from kani_nb.conversation.tree import Conversation
+from kani_nb.hardware import devices, spill
+from kani_nb.hardware.devices import Device, best_device
+from kani_nb.hardware.schemes import our_schemes
 from kani_nb.serve.cli import main
 from kani_nb.serve.quickstart import NAME, open_command, quickstart_notebook
 
@@ -75,8 +79,79 @@ def test_the_doctor_ends_with_one_line_of_json(capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     record = json.loads(lines[-1])
     topics = {finding["topic"] for finding in record["findings"]}
-    assert {"kani_nb", "packages", "device", "CPU threads", "Hub", "conversations"} <= topics
+    assert {"kani_nb", "packages", "device", "CPU threads", "quantization", "Hub", "conversations"} <= topics
     assert len(lines) - 1 <= 25
+
+
+def test_a_plan_ends_with_one_line_of_json(capsys, smollm2):
+    assert main(["plan", "smollm2", "--context", "1024", "--schemes", "none,nf4", "--card", "T4", "--json"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    record = json.loads(lines[-1])
+    assert (record["model"], record["context"]) == ("smollm2", 1024)
+    assert [each["scheme"] for each in record["schemes"]] == ["none", "nf4"]
+    for each in record["schemes"]:
+        assert {"scheme", "weight_bytes", "kv_bytes_per_token", "peak_bytes", "fits"} <= set(each)
+        assert each["fits"] is True
+    # 30 layers, 3 heads of 64 numbers for keys and as many for values, in two bytes.
+    assert record["schemes"][0]["kv_bytes_per_token"] == 30 * 3 * 64 * 2 * 2
+    text = "\n".join(lines[:-1])
+    assert "%load_engine smollm2" in text
+    assert "is recommended" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["plan", "smollm2", "--card", "T5"], 2, "there is no card 'T5'"),
+        (["plan", "smollm2", "--schemes", "nf5"], 2, "there is no quantization scheme 'nf5'"),
+        (["plan", "echo"], 2, "echo cannot be planned"),
+        (["plan", "no-such-model"], 1, "there is no model 'no-such-model'"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_paragraph(capsys, arguments, code, said):
+    assert main(arguments) == code
+    caught = capsys.readouterr()
+    assert said in caught.err
+    assert caught.out == ""
+
+
+def test_the_doctor_says_which_schemes_run_here_and_what_the_others_lack(capsys):
+    assert main(["doctor", "--json"]) == 0
+    said = {each["topic"]: each["text"] for each in json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]}
+    device, running = said["quantization"].removeprefix("on ").split(": ", 1)
+    assert device == best_device()
+    assert "none" in running.split(", ")
+    assert ("cpu-int8" in running) == (device == "cpu")
+    for scheme in our_schemes():
+        named_once = (scheme.name in running.replace(" (slow on this CPU)", "").split(", ")) + (
+            f"{scheme.name} " in said.get("not here", "")
+        )
+        assert named_once == 1, scheme.name
+    assert said["CPU kernels"].startswith("torch computes with ")
+    assert said["bitsandbytes"].startswith(version("bitsandbytes"))
+
+
+def test_a_bitsandbytes_that_cannot_be_used_is_a_problem_with_its_fix(capsys, monkeypatch, tmp_path):
+    info = tmp_path / "bitsandbytes-0.41.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 0.41.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["doctor"]) == 0
+    problem = capsys.readouterr().out.split("! ", 1)[1]
+    assert problem.startswith("bitsandbytes is 0.41.0: 0.46.1 is the first that runs these schemes")
+    assert "%pip install -U bitsandbytes" in problem
+
+
+def test_a_driver_that_spills_is_a_problem_with_the_setting_that_forbids_it(capsys, monkeypatch):
+    card = Device("cuda:0", "NVIDIA GeForce RTX 4070 Ti", 12 * 2**30, 0, (8, 9))
+    monkeypatch.setattr(devices, "list_devices", lambda: (card, Device("cpu", "a CPU", 2**34, 2**33)))
+    monkeypatch.setattr(spill, "driver_may_spill", lambda: True)
+    monkeypatch.setattr(spill, "spilled_bytes", lambda *cards: 13 * 2**30)
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "13.0 GiB spilled" in said
+    assert "51 times slower" in said
+    assert '"CUDA - Sysmem Fallback Policy": "Prefer No Sysmem Fallback"' in said
 
 
 def test_a_token_in_the_environment_is_named_by_its_source_and_never_shown(capsys, monkeypatch):

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kani_nb.config import EngineConfig
 from kani_nb.engines.base import (
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 #: Fields of a configuration that are not passed on under their own name and as they are.
 _CHANGED = ("model", "max_context_size", "device_map")
+
+
+T = TypeVar("T")
 
 
 class HuggingEngine(BaseEngine):
@@ -329,12 +332,12 @@ class HuggingEngine(BaseEngine):
 
         return await self._with_weights("reading a text", lambda loaded: log_probs(loaded, ids))
 
-    async def _with_weights(self, doing: str, work: Callable[[LoadedModel], Any]) -> Any:
+    async def _with_weights(self, doing: str, work: Callable[[LoadedModel], T]) -> T:
         """What `work` makes of the loaded model, in a thread that holds the slot."""
         if self._loaded is None:
             await self.load()
 
-        def run(cancelled: threading.Event) -> Any:
+        def run(cancelled: threading.Event) -> T:
             with self._in_use(cancelled, doing), self._prepared.tokenizer_lock:
                 return work(self._parts()[0])
 

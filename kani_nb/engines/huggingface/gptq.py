@@ -61,8 +61,8 @@ def quantize_gptq(
         out_folder: a new or empty folder; it appears whole or not at all.
         texts: what the weights are fitted to; text of the kind that the model will see. By default the short passages
             of `hardware.calibration`.
-        group_size: input weights that share a scale. One that divides the inputs of every layer is many times faster
-            on a CPU; where this one does not, the result's `note` says so.
+        group_size: input weights that share a scale. One that does not divide the inputs of every layer is fitted as
+            it is, and written as smaller groups; a smaller one would then be better in the same bytes.
         progress: called on this thread.
         cancelled: setting it ends the quantization within about a tenth of a second.
 

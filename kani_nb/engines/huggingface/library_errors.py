@@ -70,13 +70,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def out_of_memory(doing: str) -> OutOfMemoryError:
+def out_of_memory(doing: str, fix: str = "") -> OutOfMemoryError:
     """The error for it, after what the attempt held has been freed."""
     free_memory()
     return OutOfMemoryError(
         f"out of memory while {doing}",
         why="what it held has been freed",
-        fix="a smaller model or --max-context-size, or %unload_engine another one first",
+        fix=fix or "a smaller model or --max-context-size, or %unload_engine another one first",
     )
 
 

@@ -129,6 +129,8 @@ class Fingerprint:
 
 def _tensors_of(module: Any) -> Iterator[Any]:
     """The module's own parameters, and buffers that belong to its weights."""
+    if type(module).__module__.startswith("gptqmodel."):
+        return  # nobody trains these buffers, and its kernels arrange them anew when they are first used
     yield from (each for each in module._parameters.values() if each is not None)
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
