@@ -19,7 +19,7 @@ KL_NATS = {
 CPU_SPEEDS = {"none": 1.0, "cpu-int8": 1.8, "cpu-int4": 2.7, "nf4": 1.5, "fp4": 1.5, "gptq": 1.8, "int8": 0.77}
 #: bitsandbytes' general 4-bit product on a CPU without AVX512-BF16: 14.6 tokens per second where that has 30.
 _SLOW_4BIT = 0.5
-#: Answers that nobody tells from the original's; and what share more of divergence is not worth a slower scheme.
+#: Nats that count as nearly the original's answers, and the share more that is not worth a slower scheme: choices.
 _NEARLY_THE_SAME, _AS_GOOD = 0.02, 1.25
 
 
@@ -47,18 +47,20 @@ def recommend(
         return None, ""
     tight = "" if roomy else "; it is tight: less than a tenth is left over"
     if len(rows) == 1:
-        return 0, f"the only scheme there is for it, and it fits{tight}"
+        return 0, f"it is the only one that was planned, and it fits{tight}"
     if kind != "cpu":
         best = min(chosen_from, key=lambda at: (_kl(rows[at]), -rows[at].weight_bytes))
         return best, f"recommended: {_quality(rows[best])}{tight}"
     speeds = {**CPU_SPEEDS, **({} if has_fast_4bit else {"nf4": _SLOW_4BIT, "fp4": _SLOW_4BIT}), **(cpu_speeds or {})}
     limit = max(_NEARLY_THE_SAME, _AS_GOOD * min(_kl(rows[at]) for at in chosen_from))
     good = [at for at in chosen_from if _kl(rows[at]) <= limit]
-    best = min(good, key=lambda at: (-speeds.get(rows[at].settings.scheme, 0.0), _kl(rows[at]), rows[at].weight_bytes))
-    times = speeds.get(rows[best].settings.scheme, 1.0)
-    where = "this CPU" if cpu_speeds else "a server CPU"
+    best = min(good, key=lambda at: (-speeds.get(rows[at].settings.scheme, 1.0), _kl(rows[at]), rows[at].weight_bytes))
+    scheme = rows[best].settings.scheme
+    where = "this CPU" if scheme in (cpu_speeds or {}) else "a server CPU"
     fast = (
-        f", at {times:.1f} times the speed of bfloat16 (measured on {where})" if not rows[best].settings.is_none else ""
+        f", at {speeds.get(scheme, 1.0):.1f} times the speed of bfloat16 (measured on {where})"
+        if scheme != "none"
+        else ""
     )
     return best, f"recommended: {_quality(rows[best])}{fast}{tight}"
 

@@ -250,9 +250,7 @@ def _tensors(cache: Any) -> list[Any]:
 def _moments(runs: list[list[_Event]], chunks: tuple[int, int], contexts: tuple[int, int]) -> list[Moment]:
     """What is alive after each event, as polynomials; from the peaks alone where the runs do not match step by step.
 
-    Args:
-        runs: the events of the short context with the small and the large chunk, then of the long one.
-        chunks, contexts: their tokens.
+    `runs` are the events of the short context with the small and the large chunk, then of the long one.
     """
     orders = {tuple((event.number, event.kind, event.bytes > 0) for event in events) for events in runs}
     if len(orders) > 1:

@@ -132,7 +132,7 @@ def test_drawing_loads_no_plotly():
     st.lists(st.tuples(st.text(max_size=40), st.floats(0, 2000), st.booleans()), min_size=1, max_size=9),
     st.floats(0, 5000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_plan_makes_well_formed_figures(rows, usable):
     drawn = plan(
         *(replace(row("none", gib, fits=fits), label=label) for label, gib, fits in rows),

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-#: What was tried together. The torch is the lowest that gptqmodel takes from its own index on Linux.
+#: What was tried together; gptqmodel 7.7 takes no torch before 2.14.1.
 REQUIREMENTS = [
     "gptqmodel==7.7.0",
     "optimum==2.3.0",

@@ -25,7 +25,7 @@ from kani_nb.errors import ConfigError, ModelFilesError, ModelUnavailableError
 from kani_nb.hardware.gptq_check import needs_of
 from kani_nb.hardware.schemes import find_scheme
 from kani_nb.quantization import Quantization
-from tests.conftest import make_model
+from tests.conftest import make_model, make_tokenizer
 from tests.gptq.old_files import OldFile, old_model
 
 pytestmark = [
@@ -234,11 +234,20 @@ def test_cancelling_ends_it_and_leaves_nothing(tiny, tmp_path):
 
 
 def test_what_cannot_be_quantized_is_refused_and_leaves_nothing(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
     odd = make_model(tmp_path / "odd", hidden_size=72, intermediate_size=136)
     with pytest.raises(ModelFilesError, match=r"q_proj has 72 inputs and 72 outputs, and both must be multiples of 32"):
         quantize_gptq(odd, tmp_path / "out")
+    config = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    experts = MixtralForCausalLM(MixtralConfig(**config, **heads))
+    experts.save_pretrained(tmp_path / "experts")
+    make_tokenizer().save_pretrained(tmp_path / "experts")
+    with pytest.raises(ModelFilesError, match=r"experts\.\w+ holds several experts in one tensor"):
+        quantize_gptq(tmp_path / "experts", tmp_path / "out")
     with pytest.raises(ConfigError, match="texts is"):
         quantize_gptq(odd, tmp_path / "out", texts="one text")
     with pytest.raises(ConfigError, match="group_size is 0"):
         quantize_gptq(odd, tmp_path / "out", group_size=0)
-    assert [each.name for each in tmp_path.iterdir()] == ["odd"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["experts", "odd"]

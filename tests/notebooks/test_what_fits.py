@@ -1,4 +1,4 @@
-"""The notebook that plans LLaMA: run anew it says what is committed, to the letter."""
+"""The notebook that plans LLaMA: run anew it says what is committed, its numbers to within a twentieth."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ def said(path):
     }
 
 
+def parted(text):
+    """The words of a text, spaces alike, and its numbers."""
+    words = re.split(r"\d[\d,]*(?:\.\d+)?", re.sub(r" +", " ", text))
+    return words, [float(each.replace(",", "")) for each in re.findall(r"\d[\d,]*(?:\.\d+)?", text)]
+
+
+def assert_says(text, committed):
+    """The same words; numbers may move a little, since working memory is an estimate that is improved now and then."""
+    (words, numbers), (old_words, old_numbers) = parted(text), parted(committed)
+    assert words == old_words, REFRESH
+    assert numbers == pytest.approx(old_numbers, rel=0.05, abs=0.03), REFRESH
+
+
 def test_what_is_committed_is_what_its_cells_say_today(monkeypatch):
     from kani_nb.hardware import shape_reading
     from tests.hardware.published import published, published_config
@@ -45,13 +58,15 @@ def test_what_is_committed_is_what_its_cells_say_today(monkeypatch):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec("".join(cell["source"]), names)
-        assert printed.getvalue() == committed[cell["id"]], REFRESH
+        assert_says(printed.getvalue(), committed[cell["id"]])
 
 
 @pytest.mark.kernels
 def test_a_real_kernel_says_the_same(tmp_path):
     subprocess.run([sys.executable, __file__, tmp_path / "run.ipynb"], check=True, timeout=300)
-    assert said(tmp_path / "run.ipynb") == said(NOTEBOOK)
+    committed = said(NOTEBOOK)
+    for cell, text in said(tmp_path / "run.ipynb").items():
+        assert_says(text, committed[cell])
 
 
 def main(target):

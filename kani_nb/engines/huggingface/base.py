@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 #: Fields of a configuration that are not passed on under their own name and as they are.
 _CHANGED = ("model", "max_context_size", "device_map")
 
+#: What helps when an answer runs out of memory.
+_LESS = "ask for less (--max-new-tokens, or start afresh with %chat new); the engine still works"
 
 T = TypeVar("T")
 
@@ -438,7 +440,7 @@ class HuggingEngine(BaseEngine):
             library_errors.forget_frames(error)
             if cache is not None and library_errors.is_out_of_memory(error):
                 cache.clear()
-                raise library_errors.out_of_memory(f"{self.model_id} was {doing}") from None
+                raise library_errors.out_of_memory(f"{self.model_id} was {doing}", _LESS) from None
             raise GenerationError(f"{self.model_id} failed while {doing}", why=library_errors.short(error)) from error
         finally:
             self._running = None

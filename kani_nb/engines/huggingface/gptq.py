@@ -13,10 +13,11 @@ import errno
 import json
 import os
 import queue
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from kani_nb.engines.base import LoadProgress, ProgressCallback
 from kani_nb.engines.gptq_checkpoint import check_settings
 from kani_nb.engines.gptq_folder import GptqFolder, read_config
 from kani_nb.engines.huggingface.staging import check_empty, staged_folder
-from kani_nb.engines.wheel_process import parse_record, running
+from kani_nb.engines.wheel_process import parse_record, remaining, running
 from kani_nb.errors import (
     ConfigError,
     EngineError,
@@ -115,13 +116,9 @@ def _run(job: dict[str, Any], name: str, progress: ProgressCallback, cancelled: 
         with contextlib.suppress(BrokenPipeError):  # it died at once, and its exit is told below
             process.stdin.write(f"{json.dumps(job)}\n")
             process.stdin.flush()
-        while process.poll() is None or not lines.empty():
+        for line in _each(process, lines):
             if cancelled.is_set():
                 raise ModelUnavailableError(f"quantizing {name} was interrupted", why="nothing of it was kept")
-            try:
-                line = lines.get(timeout=0.1)
-            except queue.Empty:
-                line = ""
             record: dict[str, Any] = dict(parse_record(line))
             if "stage" in record:
                 stage, fraction = record["stage"], record["fraction"]
@@ -137,6 +134,16 @@ def _run(job: dict[str, Any], name: str, progress: ProgressCallback, cancelled: 
     if result is not None and process.returncode == 0:
         return result
     raise _error(name, failure, f"exit status {process.returncode}: {said}")
+
+
+def _each(process: subprocess.Popen[str], lines: queue.SimpleQueue[str]) -> Iterator[str]:
+    """Every line as it comes, the last ones too, and an empty one ten times a second meanwhile."""
+    while process.poll() is None:
+        try:
+            yield lines.get(timeout=0.1)
+        except queue.Empty:
+            yield ""
+    yield from remaining(lines)
 
 
 def _environment() -> dict[str, str]:

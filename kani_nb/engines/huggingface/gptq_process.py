@@ -116,6 +116,12 @@ def _check_layers(model: str, blocks: str, skeleton: Skeleton) -> None:
                 f"{scheme.in_multiple}",
                 fix="another scheme: nf4, int8 or cpu-int8",
             )
+    experts = [name for name, shape in skeleton.others.items() if len(shape) == 3 and name.startswith(f"{blocks}.")]
+    if experts:
+        raise ModelFilesError(
+            f"{model} cannot be quantized with GPTQ",
+            why=f"{experts[0]} holds several experts in one tensor, and gptqmodel would leave it as it is",
+        )
     if not skeleton.linears:
         raise ModelFilesError(f"{model} cannot be quantized with GPTQ", why="it has no linear layers in its blocks")
 

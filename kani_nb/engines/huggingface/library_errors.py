@@ -8,12 +8,25 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from kani_nb.errors import KaniNbError, MissingDependencyError, ModelFilesError, OutOfMemoryError
+
+#: What torch, its libraries and the system call it.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "defaultcpuallocator",
+    "bad_alloc",
+)
+#: Who logs how a load went, in transformers 5.15 to 5.23.
+_REPORTING = ("transformers.modeling_utils", "transformers.utils.loading_report")
 
 
 @contextlib.contextmanager
@@ -33,14 +46,18 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def translated(name: str, where: Path) -> Iterator[None]:
     """Errors of the libraries in our words, the originals as their cause."""
+    report: list[str] = []
     try:
-        yield
+        with _kept_report(report):
+            yield
     except KaniNbError:
         raise
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or any(map(_says_out_of_memory, report)):
+            forget_frames(error)
             raise out_of_memory(f"loading {name}") from None
-        raise ModelFilesError(f"{name} could not be loaded from {where}", why=short(error)) from error
+        why = _reason_in("\n".join(report)) or short(error)
+        raise ModelFilesError(f"{name} could not be loaded from {where}", why=why) from error
     except ImportError as error:
         raise MissingDependencyError(f"{name} needs a library that is not installed", why=short(error)) from error
     except Exception as error:
@@ -52,6 +69,36 @@ def translated(name: str, where: Path) -> Iterator[None]:
         raise ModelFilesError(f"{name} could not be loaded from {where}", why=short(error), fix=fix) from error
 
 
+@contextlib.contextmanager
+def _kept_report(report: list[str]) -> Iterator[None]:
+    """Put what transformers logs about a load, pages with tracebacks in them, into `report` instead of showing it.
+
+    What goes wrong while weights are converted (quantized, for one) stands only there; the error that follows does not
+    say it.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in (text := str(record.msg))
+        if is_report:
+            report.append(text)
+        return not is_report
+
+    loggers = [logging.getLogger(each) for each in _REPORTING]
+    for each in loggers:
+        each.addFilter(keep)
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeFilter(keep)
+
+
+def _reason_in(report: str) -> str:
+    """The first error that a report quotes, or an empty string."""
+    found = re.search(r"^(?:\w+\.)*\w+(?:Error|Exception): .*", report, re.MULTILINE)
+    return found[0][:300] if found else ""
+
+
 def short(error: BaseException) -> str:
     """The first line of an exception, with its type, for a person."""
     first = next(iter(str(error).strip().splitlines()), "")
@@ -60,14 +107,13 @@ def short(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the process ran out of memory; torch says it in several ways."""
-    text = str(error).lower()
     return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "out of memory" in text
-        or "can't allocate memory" in text
-        or "defaultcpuallocator" in text
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _says_out_of_memory(str(error))
     )
+
+
+def _says_out_of_memory(text: str) -> bool:
+    return any(each in text.lower() for each in _OUT_OF_MEMORY)
 
 
 def out_of_memory(doing: str, fix: str = "") -> OutOfMemoryError:
