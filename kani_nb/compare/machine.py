@@ -29,32 +29,26 @@ class MemoryInUse:
     """Bytes in use at one moment.
 
     Attributes:
-        by_device: of the CUDA devices their allocators', else the process's resident memory.
+        total_bytes: what the allocators of the CUDA devices gave out, else the process's resident memory.
         source: `cuda` or `rss`.
+        allocated_bytes: what is allocated, without what an allocator keeps for later: on a GPU the same, else what the
+            C library says of its heap; None where it says nothing.
     """
 
-    by_device: dict[str, int]
+    total_bytes: int
     source: str
-
-    @property
-    def total_bytes(self) -> int:
-        """Of all devices."""
-        return sum(self.by_device.values())
-
-    def growth_bytes(self, later: MemoryInUse) -> int:
-        """How much more is in use later; negative where it is less."""
-        return later.total_bytes - self.total_bytes
+    allocated_bytes: int | None
 
 
 def memory_in_use(devices: Iterable[str]) -> MemoryInUse:
-    """What is in use on `devices` now: the sum of the CUDA allocators, or the process's resident memory."""
-    found, source = {}, "rss"
+    """What is in use on `devices` now, all of them together."""
+    total, source = 0, "rss"
     for device in devices:
         # A reading of the same instrument that watches the answers, so that both can be subtracted.
         with MemorySampler(device, interval_s=60) as sampler:
             pass
-        found[device], source = sampler.series[-1][1], sampler.peak_source
-    return MemoryInUse(found, source)
+        total, source = total + sampler.series[-1][1], sampler.peak_source
+    return MemoryInUse(total, source, total if source == "cuda" else heap_bytes())
 
 
 def memory_without_leftovers(devices: Iterable[str]) -> MemoryInUse:
@@ -64,6 +58,32 @@ def memory_without_leftovers(devices: Iterable[str]) -> MemoryInUse:
         with contextlib.suppress(OSError, AttributeError):  # a libc without malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
     return memory_in_use(devices)
+
+
+def heap_bytes() -> int | None:
+    """Bytes that are allocated from the C library and not freed; None where it does not say (glibc from 2.33 does).
+
+    Steadier than resident memory: glibc keeps up to 64 MiB of freed memory at the top of each thread's arena.
+    """
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError, TypeError):
+        return None
+    mallinfo2.restype = _MallInfo
+    found = mallinfo2()
+    return int(found.uordblks) + int(found.hblkhd)
+
+
+class _MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc's malloc.h: `uordblks` is in the arenas, `hblkhd` mapped by itself."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
 
 
 def devices_of(config: EngineConfig) -> tuple[str, ...]:

@@ -39,9 +39,11 @@ from kani_nb.metrics.recorder import GenerationMetrics
 from kani_nb.metrics.sampler import MemorySampler
 from kani_nb.quantization import Quantization
 
-#: More memory than this that does not come back after a model was freed is told of. Some always stays: glibc keeps up
-#: to 64 MiB at the top of each thread's arena, and libraries that were imported on the way are never let go.
-LEFTOVER_BYTES = 128 * 2**20
+#: Memory still allocated after a model was freed that is told of. Libraries that were imported on the way stay: those of
+#: bitsandbytes take 60 MiB.
+LEFTOVER_BYTES = 96 * 2**20
+#: The same where only resident memory is known, most of which is what allocators keep.
+RESIDENT_LEFTOVER_BYTES = 256 * 2**20
 _WARM_UP_TOKENS = 8
 
 OnResult = Callable[[Comparison], None]
@@ -254,7 +256,7 @@ class _Measuring:
                 dtype=str(details.get("dtype", "")),
                 device=memory.device if memory is not None else "",
                 weight_bytes=memory.weight_bytes if memory is not None else None,
-                in_use_bytes=before.growth_bytes(loaded),
+                in_use_bytes=loaded.total_bytes - before.total_bytes,
                 notes=tuple(filter(None, [str(details.get("notes", ""))])),
             )
             row = await self._answers(engine, case, row, before, done)
@@ -367,12 +369,17 @@ def _remarks(metrics: Sequence[GenerationMetrics], texts: Sequence[str]) -> list
 
 def _with_leftovers(row: ComparedRow, before: MemoryInUse, after: MemoryInUse) -> ComparedRow:
     """`row` with what did not come back when its model was freed."""
-    left = before.growth_bytes(after)
-    if left <= LEFTOVER_BYTES:
-        return replace(row, left_bytes=left)
-    source = "resident memory" if after.source == "rss" else "the allocator's memory"
-    note = f"after it was freed, {left / 2**20:,.0f} MiB more of {source} were in use than before"
-    return replace(row, left_bytes=left, notes=(*row.notes, note))
+    resident = after.total_bytes - before.total_bytes
+    left, bound, what = resident, RESIDENT_LEFTOVER_BYTES, "in use"
+    if before.allocated_bytes is not None and after.allocated_bytes is not None:
+        left, bound, what = after.allocated_bytes - before.allocated_bytes, LEFTOVER_BYTES, "still allocated"
+    note = f"after it was freed, {left / 2**20:,.0f} MiB more were {what} than before: something of it is held on to"
+    return replace(
+        row,
+        left_bytes=left,
+        left_resident_bytes=resident,
+        notes=row.notes if left <= bound else (*row.notes, note),
+    )
 
 
 def _reason(error: BaseException) -> tuple[str, str]:

@@ -84,7 +84,8 @@ def _has_storage(value: Any) -> bool:
 
 def _in_graph(tensor: Any) -> Iterator[Any]:
     """The tensors that the autograd graph behind `tensor` ends in, or has saved for the way back."""
-    pending, seen = [tensor.grad_fn], set()
+    pending: list[Any] = [tensor.grad_fn]
+    seen: set[Any] = set()
     while pending and len(seen) < _MOST_NODES:
         node = pending.pop()
         if node is None or node in seen:

@@ -54,8 +54,10 @@ class ComparedRow:
         weight_bytes: of weights and scales, before the first forward pass.
         in_use_bytes: how much more memory was in use once it was loaded; `memory_source` says of what.
         peak_bytes: the same while it answered: the highest of all runs.
-        left_bytes: how much more was in use after it was freed than before it was loaded. Below 0, memory of an earlier
-            one came back late.
+        left_bytes: how much more was allocated after it was freed than before it was loaded: on the GPU, else from the C
+            library; where that does not say, as the next.
+        left_resident_bytes: the same of what `memory_source` says. It includes free memory that an allocator keeps; below
+            0, some of an earlier model's came back late.
         memory_source: `cuda` (the allocator) or `rss` (the process's resident memory, libraries included).
         ttft_runs_s: of each run, from the request to the first text; no part of the prompt was cached.
         tpot_runs_s: of each run, the mean time per token after the first one.
@@ -79,6 +81,7 @@ class ComparedRow:
     in_use_bytes: int | None = None
     peak_bytes: int | None = None
     left_bytes: int | None = None
+    left_resident_bytes: int | None = None
     memory_source: str = "rss"
     ttft_runs_s: tuple[float, ...] = ()
     tpot_runs_s: tuple[float, ...] = ()
@@ -241,16 +244,22 @@ class Comparison:
         ]
         if busy:
             lines.append(f"Load average when the runs began: {', '.join(busy)}.")
+        sources = sorted({row.memory_source for row in self.measured})
         crowded = [row.label for row in self.measured if self._is_crowded(row)]
         if crowded:
             lines.append(
                 f"Other programs wanted the same CPUs while {', '.join(crowded)} answered: do not believe the times, "
                 "and measure again when the machine is idle."
             )
-        left = [f"{row.label} {row.left_bytes / _MIB:+,.0f} MiB" for row in self.rows if row.left_bytes is not None]
+        left = [
+            f"{row.label} {row.left_bytes / _MIB:+,.0f} MiB ({row.left_resident_bytes / _MIB:+,.0f})"
+            for row in self.rows
+            if row.left_bytes is not None and row.left_resident_bytes is not None
+        ]
         if left:
-            lines.append(f"Left in use after each was freed: {', '.join(left)}.")
-        lines += [_MEMORY_WORDS.get(each, each) for each in sorted({row.memory_source for row in self.measured})]
+            kept = "with what the allocator keeps for later" if "rss" in sources else "on the GPU"
+            lines.append(f"Allocated after each was freed, more than before ({kept}): {', '.join(left)}.")
+        lines += [_MEMORY_WORDS.get(each, each) for each in sources]
         if self.environment.beside:
             lines.append(f"{', '.join(self.environment.beside)} stayed loaded meanwhile, and took memory of its own.")
         return [*lines, *self.notes]

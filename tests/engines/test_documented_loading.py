@@ -211,7 +211,7 @@ def test_offloading_between_a_gpu_and_the_cpu_is_planned(bloom, monkeypatch):
         allow_offload=True,
     )
     config = AutoConfig.from_pretrained(bloom)
-    placing = choose_placing(engine._prepared.request(), config, 512)
+    placing = choose_placing(engine._prepared.request(), config)
     assert placing.device == "cuda:0"
     assert placing.device_map["lm_head"] == "cpu"
     with init_empty_weights():
@@ -236,4 +236,4 @@ def test_a_map_to_the_cpu_alone_with_fp32_offload_is_refused(bloom):
         quantization={"load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True},
     )
     with pytest.raises(ConfigError, match=r"(?s)int8 with llm_int8_enable_fp32_cpu_offload on cpu alone.*whole model"):
-        choose_placing(engine._prepared.request(), AutoConfig.from_pretrained(bloom), 512)
+        choose_placing(engine._prepared.request(), AutoConfig.from_pretrained(bloom))

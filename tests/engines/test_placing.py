@@ -16,7 +16,7 @@ from tests.engines.asking import answer, engine_of
 
 def placing_of(folder, **arguments):
     engine = HuggingEngine(str(folder), **arguments)
-    return choose_placing(engine._prepared.request(), engine._prepared.config(), 512)
+    return choose_placing(engine._prepared.request(), engine._prepared.config())
 
 
 def with_devices(monkeypatch, *devices):
@@ -66,8 +66,8 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_two_remedies(smollm2)
     with pytest.raises(DoesNotFitError) as caught:
         placing_of(smollm2, max_memory={"cpu": "250MB"}, dtype="bfloat16")
     text = str(caught.value)
-    assert re.search(r"in bfloat16 needs 27\d MiB: 257 MiB of weights, 11 MiB of KV cache at 512 tokens", text), text
-    assert "cpu has 238 MiB" in text
+    assert re.search(r"in bfloat16 does not fit: it needs \d+ MiB, and cpu has 238 MiB", text), text
+    assert "257 MiB of weights, 45 MiB of KV cache at 2,048 tokens" in text
     assert "--quant" in text
     assert "--allow-offload" in text
 

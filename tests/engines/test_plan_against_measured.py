@@ -1,4 +1,4 @@
-"""What is planned from a configuration alone is what a loaded model holds: its storages, and its cache when it is full."""
+"""What is planned from a configuration alone is what a loaded model holds: its storages, and its cache when full."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_full_cache_takes_what_was_planned(kind):
 def test_the_embedded_model_is_planned_as_it_is_held(label, smollm2):
     model = assert_planned(smollm2, *SETTINGS[label])
     if label == "bfloat16":
-        assert_full_cache_is_planned(model, shape_in(smollm2), 160, piece=152)
+        assert_full_cache_is_planned(model, shape_in(smollm2), 40, piece=36)
 
 
 @pytest.mark.quant
@@ -185,24 +185,22 @@ def test_the_embedded_model_is_planned_as_it_is_held_in_every_other_scheme(label
     assert_planned(smollm2, *SETTINGS[label])
 
 
-@pytest.mark.parametrize("kind", ["grouped queries", "Conv1D and a tied head"])
-@pytest.mark.parametrize("scheme", ["int8", "nf4", "cpu-int8"])
-@pytest.mark.parametrize("skipped", [("lm_head", "c_fc", "down_proj"), (r".*\.mlp", "lm_head"), ("lm_head",)])
+@pytest.mark.parametrize(
+    ("kind", "scheme", "skipped"),
+    [
+        ("grouped queries", "int8", ("lm_head", "down_proj")),
+        ("grouped queries", "nf4", (r".*\.mlp",)),
+        ("grouped queries", "cpu-int8", ("model.layers.1", "lm_head")),
+        ("Conv1D and a tied head", "nf4", ("lm_head", "c_fc")),
+    ],
+)
 def test_skipped_modules_are_planned_as_transformers_skips_them(kind, scheme, skipped, folder_of):
-    from kani_nb.hardware.arithmetic import unmatched
-
-    folder = folder_of(kind)
-    missing = unmatched(shape_in(folder), skipped)
-    found = tuple(each for each in skipped if each not in missing)
-    assert set(missing) <= {"c_fc", "down_proj"}
-    assert_planned(folder, Quantization(scheme, llm_int8_skip_modules=found), "bfloat16")
+    assert_planned(folder_of(kind), Quantization(scheme, llm_int8_skip_modules=skipped), "bfloat16")
 
 
 def test_an_int8_model_that_keeps_its_weights_for_training_is_planned_so(folder_of):
     for dtype in ("float32", "bfloat16"):
-        assert_planned(
-            folder_of("grouped queries"), Quantization("int8", llm_int8_has_fp16_weight=True), dtype
-        )
+        assert_planned(folder_of("grouped queries"), Quantization("int8", llm_int8_has_fp16_weight=True), dtype)
 
 
 async def test_an_engines_cache_takes_the_plan_when_its_context_is_full(tiny_model):
@@ -240,7 +238,7 @@ def test_a_cache_has_room_to_spare_but_none_beyond_its_limit():
             assert max(held[:9]) <= max(limit, 90)
         twin = kv_layers.fork(cache, 40)
         assert kv_layers.length_of(twin) == 40
-        assert kv_layers.nbytes(twin) // per_token <= 104 if limit is None else max(limit, 40)
+        assert kv_layers.nbytes(twin) // per_token == (104 if limit is None else max(40, min(104, limit)))
 
 
 def test_a_cache_of_recurrent_states_is_counted():

@@ -27,6 +27,7 @@ NONE = ComparedRow(
     in_use_bytes=300 * 2**20,
     peak_bytes=310 * 2**20,
     left_bytes=5 * 2**20,
+    left_resident_bytes=40 * 2**20,
     load_s=0.5,
     ttft_runs_s=(0.1, 0.1),
     tpot_runs_s=(0.04, 0.05),
@@ -118,7 +119,8 @@ def test_the_table_has_the_figures_and_says_what_failed_and_why(screen, clock):
             assert words in shown
         assert "nf4 was not measured: it needs" in shown
         assert "Load average when the runs began: none 1.2 (0.3 CPUs by others)" in shown
-        assert "Left in use after each was freed: none +5 MiB" in shown
+        assert "Allocated after each was freed, more than before" in shown
+        assert "none +5 MiB (+40)" in shown
     assert '<tr class="out"><td>nf4</td>' in screen.last["text/html"]
 
 

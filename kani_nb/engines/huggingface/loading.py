@@ -123,7 +123,7 @@ def load_model(
 
     config = load_config(request)
     context = context_of(config, request.max_context_size, request.name)
-    placing = choose_placing(request, config, context, shape=shape)
+    placing = choose_placing(request, config, shape=shape)
     threads = request.threads
     if placing.device.startswith("cpu"):
         threads = threads or choose_threads().threads

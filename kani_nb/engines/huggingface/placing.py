@@ -16,14 +16,11 @@ from typing import Any
 from kani_nb._amounts import in_words
 from kani_nb.engines.huggingface.arguments import LoadRequest
 from kani_nb.engines.huggingface.checkpoint_packages import check_checkpoint_packages
-from kani_nb.errors import ConfigError, DoesNotFitError, did_you_mean
+from kani_nb.errors import ConfigError, did_you_mean
 from kani_nb.hardware.plans import Budget, PlanRow
 from kani_nb.hardware.schemes import Scheme, find_scheme, our_schemes
 from kani_nb.hardware.shapes import ModelShape
 from kani_nb.quantization import Quantization
-
-#: Tokens whose KV cache must fit for a model to be loaded, unless a longer context was asked for.
-_LEAST_CONTEXT = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +65,6 @@ class Placing:
 def choose_placing(
     request: LoadRequest,
     config: Any,
-    context_tokens: int,
     *,
     shape: ModelShape | None = None,
     is_empty: bool = False,
@@ -78,7 +74,6 @@ def choose_placing(
     Args:
         request: what was asked for.
         config: the model's configuration.
-        context_tokens: of prompt and answer.
         shape: what the model is made of, where that has been read before.
         is_empty: count all memory of the devices as free: what does not fit then will not fit whatever is unloaded.
 
@@ -105,14 +100,14 @@ def choose_placing(
     first = _first_device(request, budgets)
     _check_runs(scheme, first)
     notes: list[str] = []
-    dtype = _dtype(request, config, first, notes)
+    dtype = _dtype(request, config, first, scheme, notes)
     settings = _settings_on(held, first, notes)
     shape = shape or _shape(config, request)
     row = None
     device_map: Any = request.device_map
     if shape is not None:
         _check_modules(shape, settings, request)
-        row = _planned(shape, settings, dtype, budgets, context_tokens, request)
+        row = _planned(shape, settings, dtype, budgets, request)
         device_map = row.device_map if len(set(row.device_map.values())) > 1 else None
     device = first.name
     if row is not None and row.device_map:
@@ -220,7 +215,7 @@ def _first_device(request: LoadRequest, budgets: Iterable[Budget]) -> Budget:
         places = [device_name(each) for each in request.device_map.values()]
         named = next((each for each in places if each not in ("cpu", "disk")), "cpu")
     if named is None:
-        best = [each for each in known.values() if each.name != "cpu"]
+        best = [each for each in known.values() if each.kind not in ("cpu", "disk")]
         return max(best, key=lambda each: each.usable_bytes) if best else known["cpu"]
     named = device_name(named)
     if named not in known:
@@ -228,11 +223,12 @@ def _first_device(request: LoadRequest, budgets: Iterable[Budget]) -> Budget:
     return known[named]
 
 
-def _dtype(request: LoadRequest, config: Any, budget: Budget, notes: list[str]) -> str:
+def _dtype(request: LoadRequest, config: Any, budget: Budget, scheme: Scheme, notes: list[str]) -> str:
     """The dtype of what is not quantized, one that the device can compute in."""
     from kani_nb.hardware.precision import choose_dtype
 
-    choice = choose_dtype(request.dtype, _checkpoint_dtype(request, config), budget.kind, budget.compute_capability)
+    checkpoint = _checkpoint_dtype(request, config)
+    choice = choose_dtype(request.dtype, checkpoint, budget.kind, budget.compute_capability, scheme)
     if choice.reason:
         notes.append(choice.reason)
     return choice.dtype
@@ -314,7 +310,6 @@ def _planned(
     settings: Quantization,
     dtype: str,
     budgets: tuple[Budget, ...],
-    context_tokens: int,
     request: LoadRequest,
 ) -> PlanRow:
     """The plan of this load, on the devices that were asked for.
@@ -322,22 +317,18 @@ def _planned(
     Raises:
         DoesNotFitError: it would not fit, and nobody asked for offloading.
     """
-    from kani_nb.hardware.planner import plan_row
+    from kani_nb.hardware.planner import plan_row, refusal
 
-    least = context_tokens if request.max_context_size is not None else min(context_tokens, _LEAST_CONTEXT)
-    row = plan_row(
-        shape,
-        settings,
-        name=request.name,
-        dtype=dtype,
-        context_tokens=least,
-        budgets=budgets,
-        device_map=request.device if request.device is not None else request.device_map,
-        allow_offload=request.allow_offload,
-    )
+    asked: dict[str, Any] = {
+        "context_tokens": request.max_context_size,
+        "dtype": dtype,
+        "device_map": request.device if request.device is not None else request.device_map,
+        "allow_offload": request.allow_offload,
+    }
+    row = plan_row(shape, settings, name=request.name, budgets=budgets, **asked)
     may_offload = request.allow_offload or isinstance(request.device_map, dict)
     if not row.fits and not (may_offload and row.device_map and _holds(row, budgets)):
-        raise _does_not_fit(shape, row, budgets, least, request)
+        raise refusal(shape, row, budgets=budgets, name=request.name, **asked)
     if request.offload_folder is not None:
         check_offload_folder(Path(request.offload_folder), row)
     return row
@@ -371,31 +362,3 @@ def check_offload_folder(folder: Path, row: PlanRow) -> None:
             why=f"{in_words(needed)} of weights would be kept there",
             fix="name one on another disk, or take fewer bits (%engine plan compares)",
         )
-
-
-def _does_not_fit(
-    shape: ModelShape, row: PlanRow, budgets: tuple[Budget, ...], context_tokens: int, request: LoadRequest
-) -> DoesNotFitError:
-    """The numbers, and two remedies."""
-    from kani_nb.hardware.planner import make_plan
-
-    needs = (
-        f"{in_words(row.weight_bytes)} of weights, {in_words(row.kv_bytes)} of KV cache at {context_tokens:,} tokens, "
-        f"{in_words(row.working_bytes)} to work in"
-    )
-    there = ", ".join(f"{each.name} has {in_words(each.usable_bytes)}" for each in budgets)
-    smaller = make_plan(
-        shape,
-        name=request.name,
-        context_tokens=request.max_context_size,
-        budgets=budgets,
-        device_map=request.device if request.device is not None else request.device_map,
-    ).best
-    remedy = "a smaller model"
-    if smaller is not None and smaller.weight_bytes < row.weight_bytes:
-        remedy = f"{smaller.line}, which fits"
-    return DoesNotFitError(
-        f"{request.name} in {row.dtype if row.settings.is_none else row.label} needs {in_words(row.peak_bytes)}",
-        why=f"{needs}; {there}",
-        fix=f"{remedy}; or --allow-offload, which keeps what does not fit in slower memory",
-    )

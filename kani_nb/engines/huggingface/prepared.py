@@ -85,9 +85,9 @@ class Prepared:
         report(LoadProgress("tokenizer", request.name))
         self.tokenizer()
         config = self.config()
-        context = context_of(config, request.max_context_size, request.name)
+        context_of(config, request.max_context_size, request.name)
         # Another engine may still hold the memory that this one will have: only what can never fit is refused now.
-        self.shape = choose_placing(request, config, context, shape=self.shape, is_empty=True).shape
+        self.shape = choose_placing(request, config, shape=self.shape, is_empty=True).shape
 
     def config(self) -> Any:
         """The model's configuration.

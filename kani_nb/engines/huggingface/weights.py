@@ -158,7 +158,7 @@ def _adapter_weights(module: Any) -> Iterator[Any]:
     """The weights of the adapters of a layer of peft."""
     names = (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
     for name in names:
-        parts = getattr(module, name, None)
+        parts: Any = getattr(module, name, None)
         if callable(getattr(parts, "parameters", None)):
             yield from parts.parameters()
 
