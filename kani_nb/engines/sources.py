@@ -15,6 +15,7 @@ from typing import Literal
 
 from kani_nb.engines import wheel_model
 from kani_nb.engines.base import ProgressCallback
+from kani_nb.engines.gptq_checkpoint import refuse_or_explain
 from kani_nb.engines.hub import cached_models, cached_snapshot, fetch_repo, find_token
 from kani_nb.engines.hub_download import repo_folder
 from kani_nb.engines.hub_http import is_offline
@@ -149,9 +150,7 @@ def _from_path(path: Path, allow_pickle: bool) -> ModelSource:
             fix=did_you_mean(path.name, near) or f"the current folder is {Path.cwd()}",
         )
     if path.suffix.lower() != ".gguf":
-        raise ModelFilesError(
-            f"{path} is a single file, and not a GGUF", fix=f"name its folder instead: {path.parent.absolute()}"
-        )
+        raise refuse_or_explain(path)
     header = read_gguf_header(path)
     return ModelSource(
         path.parent.absolute(), path.name, f"file {path} (GGUF, {header.architecture})", "gguf", path.stat().st_size

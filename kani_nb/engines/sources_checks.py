@@ -152,6 +152,10 @@ def _nothing(folder: Path) -> ModelFilesError:
         fix = "this is an adapter (LoRA): load the model it was made for"
     elif any(name in _OTHER_FORMATS for name in names):
         fix = "these are TensorFlow, Flax or Rust weights: take a version with safetensors"
+    elif missing == "weights" and (single := [name for name in names if name.endswith((".pt", ".safetensors"))]):
+        from kani_nb.engines.gptq_checkpoint import refuse_or_explain
+
+        fix = refuse_or_explain(folder / single[0]).fix
     else:
         inner = [name for name in names if name.endswith("/") and (folder / name / "config.json").is_file()]
         fix = (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kani_nb.engines.base import ProgressCallback
+from kani_nb.engines.gptq_checkpoint import refuse_or_explain
 from kani_nb.engines.hub import cached_snapshot, find_token
 from kani_nb.engines.hub_download import fetch_small_file, needed_files, repo_info
 from kani_nb.engines.hub_http import HubToken, is_offline
@@ -95,9 +96,7 @@ def _on_this_disk(name: str, path: Path, trust_remote_code: bool) -> ConfigSourc
         sizes = [each.stat().st_size for each in weight_files(path)]
         return ConfigSource(config, name, path, sum(sizes) or None, f"folder {path}")
     if path.suffix.lower() != ".gguf":
-        raise ModelFilesError(
-            f"{path} is a single file, and not a GGUF", fix=f"name its folder instead: {path.parent.absolute()}"
-        )
+        raise refuse_or_explain(path)
     read_gguf_header(path)
     config = _read(path.parent, name, trust_remote_code, gguf_file=path.name)
     return ConfigSource(config, name, path.parent, path.stat().st_size, f"file {path}")

@@ -59,7 +59,8 @@ class Checkpoint:
 def checkpoint_of(prequantized: Mapping[str, object]) -> Checkpoint:
     """What this `quantization_config` of a checkpoint means for memory."""
     config: dict[str, Any] = dict(prequantized)
-    method = str(config.get("quant_method") or "").lower()
+    named_method = config.get("quant_method") or ""
+    method = str(getattr(named_method, "value", named_method)).lower()  # transformers' own configurations have an enum
     if not method and (config.get("load_in_8bit") or config.get("load_in_4bit")):
         method = "bitsandbytes"  # as transformers reads those without a method
     reader = _READERS.get(method)

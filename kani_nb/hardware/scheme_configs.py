@@ -33,9 +33,10 @@ def bitsandbytes_config(settings: Quantization, dtype: str) -> Any:
 
 def packed_config(settings: Quantization, dtype: str) -> Any:
     """Our own `PackedConfig` for `cpu-int8` and `cpu-int4`."""
-    from kani_nb.hardware.packed_quantizer import PackedConfig
+    from kani_nb.hardware import packed_quantizer
 
-    return PackedConfig(
+    config: Any = packed_quantizer.PackedConfig
+    return config(
         bits=8 if settings.scheme == "cpu-int8" else 4,
         group_size=settings.group_size,
         skip_modules=settings.llm_int8_skip_modules,

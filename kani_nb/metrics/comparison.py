@@ -54,10 +54,10 @@ class ComparedRow:
         weight_bytes: of weights and scales, before the first forward pass.
         in_use_bytes: how much more memory was in use once it was loaded; `memory_source` says of what.
         peak_bytes: the same while it answered: the highest of all runs.
-        left_bytes: how much more was allocated after it was freed than before it was loaded: on the GPU, else from the C
-            library; where that does not say, as the next.
-        left_resident_bytes: the same of what `memory_source` says. It includes free memory that an allocator keeps; below
-            0, some of an earlier model's came back late.
+        left_bytes: how much more was allocated after it was freed than before it was loaded: on the GPU, else from the
+            C library; where that does not say, as the next.
+        left_resident_bytes: the same of what `memory_source` says. It includes free memory that an allocator keeps;
+            below 0, some of an earlier model's came back late.
         memory_source: `cuda` (the allocator) or `rss` (the process's resident memory, libraries included).
         ttft_runs_s: of each run, from the request to the first text; no part of the prompt was cached.
         tpot_runs_s: of each run, the mean time per token after the first one.
@@ -257,8 +257,8 @@ class Comparison:
             if row.left_bytes is not None and row.left_resident_bytes is not None
         ]
         if left:
-            kept = "with what the allocator keeps for later" if "rss" in sources else "on the GPU"
-            lines.append(f"Allocated after each was freed, more than before ({kept}): {', '.join(left)}.")
+            kept = "resident memory, free pages included" if "rss" in sources else "the same on the GPU"
+            lines.append(f"Still allocated after each was freed (in brackets {kept}): {', '.join(left)}.")
         lines += [_MEMORY_WORDS.get(each, each) for each in sources]
         if self.environment.beside:
             lines.append(f"{', '.join(self.environment.beside)} stayed loaded meanwhile, and took memory of its own.")

@@ -119,7 +119,7 @@ def test_the_table_has_the_figures_and_says_what_failed_and_why(screen, clock):
             assert words in shown
         assert "nf4 was not measured: it needs" in shown
         assert "Load average when the runs began: none 1.2 (0.3 CPUs by others)" in shown
-        assert "Allocated after each was freed, more than before" in shown
+        assert "Still allocated after each was freed (in brackets resident memory, free pages included)" in shown
         assert "none +5 MiB (+40)" in shown
     assert '<tr class="out"><td>nf4</td>' in screen.last["text/html"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 
 from kani_nb.errors import MissingDependencyError, ModelFilesError
+from kani_nb.hardware.gptq_check import needs_of
 
 #: Method -> module and the packages that `pip install` gets it from; as in transformers 5.23's quantizers.
 _PACKAGES = {
@@ -37,6 +38,10 @@ def check_checkpoint_packages(name: str, method: str) -> None:
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+    if method == "gptq" and (lacking := needs_of(method)) is not None:
+        raise MissingDependencyError(
+            f"{name} is quantized with {method}; {lacking.what}", why=lacking.why, fix=lacking.fix
+        )
     module, packages = _PACKAGES.get(method, ("", ""))
     if module and not _is_installed(module):
         raise MissingDependencyError(

@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from kani_nb.engines.base import LoadProgress, ProgressCallback
@@ -21,6 +22,7 @@ from kani_nb.engines.huggingface.library_errors import free_memory, quiet, trans
 from kani_nb.engines.huggingface.placing import Placing
 from kani_nb.errors import ConfigError, ModelFilesError, ModelUnavailableError
 from kani_nb.hardware.prompt_chunks import chunk_size
+from kani_nb.hardware.schemes import DEFAULT_GROUP_SIZE
 from kani_nb.hardware.shapes import ModelShape
 
 #: transformers changes attributes of its own classes while it loads, and puts them back: two loads at once, and every
@@ -129,7 +131,7 @@ def load_model(
         threads = threads or choose_threads().threads
         torch.set_num_threads(threads)
     with translated(request.name, request.files), quiet():
-        model, notes = _weights(request, placing, tokenizer, progress)
+        model, notes = _weights(request, placing, tokenizer, progress, cancelled)
         if cancelled.is_set():
             raise _interrupted(request.name)
         driving = find_driving(model, placing.device)
@@ -156,33 +158,48 @@ def load_model(
 
 
 def _weights(
-    request: LoadRequest, placing: Placing, tokenizer: Any, progress: ProgressCallback
+    request: LoadRequest, placing: Placing, tokenizer: Any, progress: ProgressCallback, cancelled: threading.Event
 ) -> tuple[Any, tuple[str, ...]]:
     """The model in evaluation mode, from the quantized copy where one is kept, and what there is to say about it."""
-    if not (request.cache_quantized and placing.quantization_config is not None and request.foreign_config is None):
+    is_fitted = placing.quantization.scheme == "gptq" and not placing.is_prequantized
+    if not (is_fitted or request.cache_quantized) or placing.quantization_config is None or request.foreign_config:
         progress(LoadProgress("weights", f"{request.name}, {placing.words}"))
         model, notes = _from_files(request, placing)
         return model, (*notes, *((_OFFER,) if placing.is_bitsandbytes and not placing.is_prequantized else ()))
     from kani_nb.engines.huggingface.quantized_cache import copy_key, find_copy, keep_copy
-    from kani_nb.engines.huggingface.saving import save_model
 
     assert request.folder is not None
-    key = copy_key(
-        request.folder, placing.quantization, placing.dtype, name=request.name, device=placing.device.partition(":")[0]
-    )
+    key = copy_key(request.folder, placing.quantization, placing.dtype, name=request.name, device=placing.device)
     note = f"from the quantized copy in {key.folder}"
     if find_copy(key) is None:
         progress(LoadProgress("weights", f"{request.name}, {placing.words}, quantizing once"))
-        model, _ = _from_files(request, placing)
-        progress(LoadProgress("weights", "keeping the quantized copy"))
-        keep_copy(key, lambda folder: save_model(model, tokenizer, folder, source=request.folder))
-        del model
+        keep_copy(key, lambda folder: _make_copy(request, placing, tokenizer, folder, progress, cancelled))
         free_memory()
         note = f"a quantized copy is kept in {key.folder}"
     progress(LoadProgress("weights", f"{request.name}, {placing.words}, quantized before"))
-    copy = replace(request, folder=key.folder)
-    model, notes = _from_files(copy, replace(placing, quantization_config=None))
+    model, notes = _from_files(replace(request, folder=key.folder), replace(placing, quantization_config=None))
     return model, (*notes, note)
+
+
+def _make_copy(
+    request: LoadRequest,
+    placing: Placing,
+    tokenizer: Any,
+    folder: Path,
+    progress: ProgressCallback,
+    cancelled: threading.Event,
+) -> None:
+    """Write the quantized model into `folder`: fitted to texts by gptqmodel, or as it is loaded on the fly."""
+    if placing.quantization.scheme == "gptq":
+        from kani_nb.engines.huggingface.gptq import quantize_gptq
+
+        assert request.folder is not None
+        size = placing.quantization.group_size or DEFAULT_GROUP_SIZE["gptq"]
+        quantize_gptq(request.folder, folder, group_size=size, progress=progress, cancelled=cancelled)
+        return
+    from kani_nb.engines.huggingface.saving import save_model
+
+    save_model(_from_files(request, placing)[0], tokenizer, folder, source=request.folder)
 
 
 def _from_files(request: LoadRequest, placing: Placing) -> tuple[Any, tuple[str, ...]]:

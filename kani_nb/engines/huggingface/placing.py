@@ -265,8 +265,11 @@ def _settings_on(held: Quantization, budget: Budget, notes: list[str]) -> Quanti
 
 def _check_runs(scheme: Scheme, budget: Budget) -> None:
     """Refuse a scheme that the device cannot run, or whose package is missing, too old or without its CUDA library."""
+    from kani_nb.hardware.gptq_check import needs_of
     from kani_nb.hardware.precision import why_not
 
+    if scheme.backend == "gptq" and (lacking := needs_of(scheme.name)) is not None:
+        raise lacking
     if scheme.backend == "bitsandbytes":
         from kani_nb.hardware.bitsandbytes_check import check_bitsandbytes
 

@@ -28,7 +28,7 @@ from kani_nb.quantization import Quantization
 
 #: Raised when copies would be made differently; older ones are then no longer found.
 _FORMAT = 1
-_LIBRARIES = ("bitsandbytes", "transformers", "torch")
+_LIBRARIES = ("bitsandbytes", "transformers", "torch", "gptqmodel", "optimum")
 _SOURCES = ("*.safetensors", "*.json", "*.bin", "*.gguf", "*.jinja", "*.model", "*.txt")
 _RECORD = "copy_of"
 

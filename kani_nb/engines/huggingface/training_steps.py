@@ -107,7 +107,7 @@ def _is_in_torch(thread: threading.Thread) -> bool:
 def mend_dequantizing() -> None:
     """Let bitsandbytes, if it is imported, dequantize weights right that it packed for the CPU; may be called again."""
     library = sys.modules.get("bitsandbytes")
-    functional = getattr(library, "functional", None)
+    functional: Any = getattr(library, "functional", None)
     plain = getattr(functional, "dequantize_4bit", None)
     if (
         plain is None
