@@ -7,6 +7,7 @@ ours for each architecture. Bytes are counted in `hardware.arithmetic`; configur
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import threading
@@ -49,7 +50,7 @@ def shape_of(config: Any, name: str = "", model_cls: Any = None, *, trust_remote
         ConfigError: it is no model that goes on with a text, or its code would have to be trusted first.
     """
     name = name or str(getattr(config, "_name_or_path", "") or getattr(config, "model_type", "the model"))
-    with BUILDING:
+    with BUILDING, _silent():
         model = _on_meta(config, name, model_cls, trust_remote_code)
         reading = _Reading(model)
         observed = observe(model, reading.block_of)
@@ -81,6 +82,19 @@ def shape_of(config: Any, name: str = "", model_cls: Any = None, *, trust_remote
         experts_per_token=number(text, _EXPERTS_PER_TOKEN_NAMES) if experts else 0,
         moments=moments,
     )
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing logged by transformers meanwhile: what it would miss when running is no news when planning."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def prequantized_of(config: Any) -> dict[str, object] | None:

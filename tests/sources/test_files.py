@@ -119,7 +119,7 @@ def test_another_file_named_gguf_is_refused(tmp_path: Path) -> None:
 
 def test_a_single_file_of_weights_names_its_folder(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, model_files())
-    with pytest.raises(ModelFilesError, match="name its folder instead"):
+    with pytest.raises(ModelFilesError, match="name the folder of a model instead"):
         resolve(str(folder / "model.safetensors"))
 
 
