@@ -12,14 +12,14 @@ from kani_nb.engines.huggingface.library_errors import free_memory
 from tests.conftest import make_model
 
 MIB = 2**20
-#: States of one token in `wide_model`, in bytes: 8 layers of 32 heads of 128 float32 keys and values.
-WIDE_KV_BYTES = 2 * 8 * 32 * 128 * 4
+#: States of one token of the wide model, in bytes: 8 layers of 64 heads of 128 float32 keys and values.
+WIDE_KV_BYTES = 2 * 8 * 64 * 128 * 4
 
 
 def make_wide_model(folder: Path) -> Path:
-    """A random Llama of 65 MiB whose KV cache grows by a quarter MiB with each token."""
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}
-    return make_model(folder, num_hidden_layers=8, hidden_size=128, max_position_embeddings=4096, **heads)
+    """A random Llama of 65 MiB whose KV cache grows by half a MiB with each token."""
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": 128}
+    return make_model(folder, num_hidden_layers=8, hidden_size=64, max_position_embeddings=4096, **heads)
 
 
 def resident_bytes() -> int:

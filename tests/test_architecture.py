@@ -25,6 +25,7 @@ ROWS = [
         "_secrets",
         "_arguments",
         "_amounts",
+        "_frames",
     },
     {"functions", "hardware", "metrics"},
     {"engines"},

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kani_nb._frames import release_frames
 from kani_nb.conversation.fitting import fit_to_context
 from kani_nb.conversation.reply import Notice
 from kani_nb.conversation.tree import Turn
@@ -331,7 +332,7 @@ def _as_kani_error(error: BaseException, engine: BaseEngine) -> BaseException:
         return error
     reason = str(error) or type(error).__name__
     if _is_out_of_memory(error):
-        traceback.clear_frames(error.__traceback__)  # their locals are what filled the memory
+        release_frames(error)  # their locals are what filled the memory
         return OutOfMemoryError(
             f"{type(engine).__name__} ran out of memory while it generated",
             why=reason.strip().splitlines()[0][:300],

@@ -149,7 +149,7 @@ def working_bytes(
 
     Against torch's own count of every allocation on a CPU while a whole prompt was computed (9 architectures, chunks of
     64 and 256 tokens, contexts of 256 to 2,048, float32 and bfloat16), weights not quantized, this was 0.95 to 1.2 of
-    what was taken beside the cache. int8 was met within 1 %; for 4-bit and packed schemes it is 1.1 to 1.6, and more
+    what was taken beside the cache. For int8 it is 1.0 to 1.6 of it, for 4-bit and packed schemes 1.1 to 1.8, and more
     where a CPU multiplies 4-bit codes directly (AVX512-BF16), which needs no copy of a weight. What a kernel takes
     inside is not seen: on a GPU, libraries take tens of MiB for themselves.
 

@@ -23,6 +23,7 @@ from kani_nb.notebook.stat_line import size
 
 _LAST = ("last_type", "last_value", "last_traceback", "last_exc")
 _IN_TRACEBACK = ("etype", "evalue", "tb")
+_MIB = 1024**2
 _MOST_NAMED = 8
 #: Objects that are looked through for each name. A tuned model of a hundred layers has about 20,000.
 _MOST_OBJECTS = 100_000
@@ -67,7 +68,9 @@ def _sentence(shell: Any, remains: Remains) -> str:
     names = [each.words for each in holders]
     held = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     release = "; ".join(dict.fromkeys(each.release for each in holders if each.release))
-    taken = f"{size(remains.held_bytes)} stay taken" if remains.held_bytes else "its memory stays taken"
+    held_bytes = remains.held_bytes
+    amount = size(held_bytes) if held_bytes >= _MIB else f"{held_bytes / 1024:.0f} KiB"
+    taken = f"{amount} stay taken" if held_bytes else "its memory stays taken"
     return f"It is still held by {held}: {taken} until they let go{f' ({release})' if release else ''}."
 
 

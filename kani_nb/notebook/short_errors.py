@@ -7,10 +7,10 @@ it went through; so the frames of our own errors are cleared, lest a failed load
 from __future__ import annotations
 
 import functools
-import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from kani_nb._frames import release_frames
 from kani_nb._interrupts import Interrupted
 from kani_nb.errors import KaniNbError
 
@@ -34,16 +34,3 @@ def short_errors(magic: F) -> F:
             raise Interrupted from None
 
     return cast("F", run)
-
-
-def release_frames(error: BaseException) -> None:
-    """Drop the local variables of every frame that `error` and what caused it went through; lines and names stay."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        each = pending.pop()
-        if each is None or id(each) in seen:
-            continue
-        seen.add(id(each))
-        traceback.clear_frames(each.__traceback__)
-        pending += [each.__cause__, each.__context__]

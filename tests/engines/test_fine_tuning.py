@@ -96,7 +96,7 @@ class Conversation:
 SCHEMES = {"int8": {"quantization": "int8", "llm_int8_threshold": 0.0}, "nf4": {"quantization": "nf4"}}
 
 
-@pytest.fixture(params=SCHEMES)
+@pytest.fixture(params=["nf4", pytest.param("int8", marks=pytest.mark.quant)])
 async def quantized(request, tiny_model):
     engine = engine_of(tiny_model, **SCHEMES[request.param])
     await engine.load()
@@ -104,13 +104,16 @@ async def quantized(request, tiny_model):
     await engine.close()
 
 
-async def test_a_quantized_engine_that_answered_before_learns_and_answers_with_what_it_learnt(quantized):
-    before = (await answer(quantized, [QUESTION], **SHORT)).message.text
-    losses = train(quantized, lora(quantized, checkpoints=True), steps=6)
+@pytest.mark.parametrize("scheme", SCHEMES)
+async def test_a_quantized_engine_that_answered_before_learns_and_answers_with_what_it_learnt(tiny_model, scheme):
+    engine = engine_of(tiny_model, **SCHEMES[scheme])
+    before = (await answer(engine, [QUESTION], **SHORT)).message.text
+    losses = train(engine, lora(engine, checkpoints=True), steps=6)
     assert losses[-1] < 0.8 * losses[0]
-    after = (await answer(quantized, [QUESTION], **SHORT)).message.text
-    assert after == computed_afresh(quantized, [QUESTION])
+    after = (await answer(engine, [QUESTION], **SHORT)).message.text
+    assert after == computed_afresh(engine, [QUESTION])
     assert after != before
+    await engine.close()
 
 
 async def test_an_answer_before_the_training_changes_nothing_of_it(tiny_model):
@@ -291,6 +294,7 @@ async def test_merging_after_an_answer_keeps_the_model(tiny_model):
     assert torch.allclose(*merged, rtol=0.05)
 
 
+@pytest.mark.quant
 @pytest.mark.parametrize("scheme", SCHEMES)
 async def test_saving_refuses_attached_adapters_and_keeps_merged_ones(tiny_model, tmp_path, scheme):
     from peft import PeftModel

@@ -16,6 +16,7 @@ import torch
 
 from kani_nb.errors import ConfigError
 from kani_nb.hardware import packed_quantizer
+from kani_nb.hardware.devices import choose_threads
 from kani_nb.hardware.packed_quantizer import PackedConfig, is_packed, register
 from kani_nb.hardware.schemes import find_scheme
 from kani_nb.metrics.divergence import QualityTotals
@@ -397,14 +398,15 @@ def test_quantizing_takes_at_its_highest_little_more_than_the_files_and_the_mode
 
 @pytest.mark.timing
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("threads", [1, 2])
-def test_decoding_in_each_scheme_interleaved(smollm2, threads):
+@pytest.mark.parametrize("all_idle", [False, True])
+def test_decoding_in_each_scheme_interleaved(smollm2, all_idle):
     import logging
 
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    threads = choose_threads().threads if all_idle else 1
     configs = {"bf16": None, "cpu-int8": PackedConfig(8), "cpu-int4": PackedConfig(4), "nf4": nf4}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

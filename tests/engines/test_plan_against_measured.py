@@ -203,6 +203,25 @@ def test_an_int8_model_that_keeps_its_weights_for_training_is_planned_so(folder_
         assert_planned(folder_of("grouped queries"), Quantization("int8", llm_int8_has_fp16_weight=True), dtype)
 
 
+def test_what_lies_in_files_is_counted_where_it_is(folder_of):
+    from transformers import AutoModelForCausalLM
+
+    folder = folder_of("grouped queries")
+    planned = weight_bytes(shape_in(folder), Quantization(), find_scheme("none"), "bfloat16").by_block
+    places = dict.fromkeys(planned, "cpu") | {"model.layers.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", device_map=places)
+    on_disk = planned["model.layers.1"]
+    assert storage_bytes(model) == {"disk": on_disk, "cpu": sum(planned.values()) - on_disk}
+
+
+def test_scales_are_counted_that_transformers_leaves_out(folder_of):
+    folder = folder_of("grouped queries")
+    for settings in (Quantization("nf4"), Quantization("nf4", double_quant=True), Quantization("int8")):
+        planned = weight_bytes(shape_in(folder), settings, find_scheme(settings.scheme), "bfloat16")
+        model = load(folder, settings, "bfloat16")
+        assert storage_bytes(model)["cpu"] - model.get_memory_footprint() == planned.scales
+
+
 async def test_an_engines_cache_takes_the_plan_when_its_context_is_full(tiny_model):
     engine = engine_of(tiny_model, max_context_size=96)
     await engine.load()

@@ -124,7 +124,7 @@ def test_the_best_answers_that_fit_with_headroom_are_recommended():
         "1660": "nf4 + double quant",
     }
     assert all(row.has_headroom for card, row in chosen.items())
-    assert "KL divergence 0.28 nats" in chosen["3050"].notes[-1]
+    assert "KL divergence 0.27 nats" in chosen["3050"].notes[-1]
     # A V100 has no int8 (7.0); the next best is taken.
     volta = make_plan(llama, budgets=[replace(budgets_of("v100-16")[0], usable_bytes=12 * _GIB)])
     assert "needs compute capability 7.5" in volta.row("int8").why_not
@@ -154,9 +154,9 @@ def test_on_a_cpu_the_fastest_of_the_good_ones_is_recommended():
     assert make_plan(llama, budgets=[cpu(7 * _GIB, *fast)]).best.label == "cpu-int4"
     measured = make_plan(llama, budgets=[cpu(64 * _GIB, *fast)], cpu_speeds={"cpu-int8": 0.5, "int8": 0.7})
     assert measured.best.label == "none"
-    nf4_here = make_plan(llama, budgets=[cpu(7 * _GIB, *fast)], cpu_speeds={"nf4": 3.5, "cpu-int4": 2.0})
-    assert nf4_here.best.label.startswith("nf4")
-    assert "measured on this CPU" in nf4_here.best.notes[-1]
+    small = make_plan(llama, budgets=[cpu(7 * _GIB, *fast)], cpu_speeds={"nf4": 3.5, "cpu-int4": 2.0})
+    assert small.best.label == "cpu-int4"  # nf4 would be faster, and its answers are too much worse
+    assert "measured on this CPU" in small.best.notes[-1]
     old = make_plan(llama, budgets=[cpu(64 * _GIB, "avx2")])
     assert "slow here: this CPU has no avx512_bf16" in old.row("nf4").notes
     assert roomy.row("nf4").notes.count("slow here: this CPU has no avx512_bf16") == 0

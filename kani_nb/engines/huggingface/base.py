@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from kani_nb._frames import release_frames
 from kani_nb.config import EngineConfig
 from kani_nb.engines.base import (
     BaseEngine,
@@ -249,7 +250,7 @@ class HuggingEngine(BaseEngine):
                 lock = self._prepared.tokenizer_lock
                 return loading.load_model(request, tokenizer, lock, report, cancelled, self._prepared.shape)
         except KaniNbError as error:
-            library_errors.forget_frames(error)
+            release_frames(error)
             library_errors.free_memory()
             raise
 
@@ -437,7 +438,7 @@ class HuggingEngine(BaseEngine):
         except KaniNbError:
             raise
         except Exception as error:
-            library_errors.forget_frames(error)
+            release_frames(error)
             if cache is not None and library_errors.is_out_of_memory(error):
                 cache.clear()
                 raise library_errors.out_of_memory(f"{self.model_id} was {doing}", _LESS) from None

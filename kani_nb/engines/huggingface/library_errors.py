@@ -11,10 +11,10 @@ import gc
 import logging
 import re
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from kani_nb._frames import release_frames
 from kani_nb.errors import KaniNbError, MissingDependencyError, ModelFilesError, OutOfMemoryError
 
 #: What torch, its libraries and the system call it.
@@ -54,7 +54,7 @@ def translated(name: str, where: Path) -> Iterator[None]:
         raise
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error) or any(map(_says_out_of_memory, report)):
-            forget_frames(error)
+            release_frames(error)
             raise out_of_memory(f"loading {name}") from None
         why = _reason_in("\n".join(report)) or short(error)
         raise ModelFilesError(f"{name} could not be loaded from {where}", why=why) from error
@@ -135,12 +135,3 @@ def free_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # a libc without malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def forget_frames(error: BaseException) -> None:
-    """Let go of the tensors that a traceback's frames still hold; the lines stay."""
-    if error.__traceback__ is not None and sys.exc_info()[1] is not None:
-        traceback.clear_frames(error.__traceback__)
-    for earlier in (error.__cause__, error.__context__):
-        if earlier is not None:
-            forget_frames(earlier)
