@@ -18,6 +18,7 @@ from kani_nb.hardware.weight_arithmetic import (
     held_tensors,
     odd_shapes,
     quantized_tensors,
+    sparing_tied_head,
     unmatched,
     weight_bytes,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "odd_shapes",
     "quantized_tensors",
     "settings_of_checkpoint",
+    "sparing_tied_head",
     "unmatched",
     "weight_bytes",
     "working_bytes",

@@ -18,7 +18,7 @@ KL_NATS = {
     "none": 0.0012, "cpu-int8": 0.0058, "int8": 0.0205, "cpu-int4": 0.195, "gptq": 0.258, "nf4": 0.273, "fp4": 0.444,
 }  # fmt: skip
 #: Tokens per second on a CPU, times bfloat16, of the same model: one thread of a server CPU with AVX512-BF16.
-CPU_SPEEDS = {"none": 1.0, "cpu-int8": 1.8, "cpu-int4": 2.7, "nf4": 1.5, "fp4": 1.5, "gptq": 1.8, "int8": 0.77}
+CPU_SPEEDS = {"none": 1.0, "cpu-int8": 1.8, "cpu-int4": 2.2, "nf4": 1.5, "fp4": 1.5, "gptq": 1.8, "int8": 0.77}
 #: bitsandbytes' general 4-bit product on a CPU without AVX512-BF16: 14.6 tokens per second where that has 30.
 _SLOW_4BIT = 0.5
 #: Nats that count as nearly the original's answers, and the share more that is not worth a slower scheme: choices.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kani_nb.hardware.schemes import Scheme, find_scheme
 from kani_nb.hardware.shapes import ModelShape, TensorShape
@@ -125,6 +125,18 @@ def unmatched(shape: ModelShape, patterns: Sequence[str]) -> list[str]:
             return False
 
     return [each for each in patterns if not matches(each)]
+
+
+def sparing_tied_head(shape: ModelShape, settings: Quantization, scheme: Scheme) -> Quantization:
+    """`settings` with the tied head among the modules to skip, where bitsandbytes would otherwise replace it.
+
+    A list of modules to skip replaces the default, which has the head in it. A layer that bitsandbytes put in the place
+    of a tied head gets the embedding's weight back, which it cannot multiply: the first answer fails.
+    """
+    asked = settings.llm_int8_skip_modules
+    if scheme.backend != "bitsandbytes" or asked is None or not shape.has_tied_head or _is_matched(shape.head, asked):
+        return settings
+    return replace(settings, llm_int8_skip_modules=(*asked, shape.head))
 
 
 def tied_head(shape: ModelShape) -> TensorShape | None:

@@ -24,7 +24,7 @@ _MEMORY_WORDS = {
     "answered, less what it had before the load.",
 }
 #: More CPUs than there are, wanted by this comparison and others together, from which times are of no use.
-_CROWDED_CPUS = 0.3
+_CROWDED_CPUS = 0.1
 COLUMNS = (
     "scheme",
     "weights MiB",

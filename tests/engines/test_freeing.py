@@ -124,20 +124,20 @@ async def test_a_load_without_enough_memory_is_one_short_error_and_frees_everyth
 async def test_an_answer_without_enough_memory_frees_what_it_held_and_the_engine_goes_on(wide_model, scheme, when):
     engine = engine_of(wide_model, quantization=scheme)
     expected = (await answer(engine, PROMPT, max_new_tokens=4)).message.text
-    tokens = 320
-    assert tokens * WIDE_KV_BYTES == 160 * MIB
     is_long = when == "reading the prompt"
-    messages = [ChatMessage.user("the lazy dog " * 110)] if is_long else PROMPT
+    tokens = 400 if is_long else 1000
+    assert tokens * WIDE_KV_BYTES >= 200 * MIB
+    messages = [ChatMessage.user("the lazy dog " * 140)] if is_long else PROMPT
     assert not is_long or engine.prompt_len(messages) >= tokens
     before = resident_bytes()
     pieces = []
-    with only_more(40 * MIB):
+    with only_more(90 * MIB):
         with pytest.raises(OutOfMemoryError, match=r"out of memory while .* answering(.|\n)*the engine still works"):
             async for event in engine.stream(messages, do_sample=False, max_new_tokens=tokens):
                 if isinstance(event, str):
                     pieces.append(event)
-        assert resident_bytes() - before < SLACK_BYTES
-        assert (await answer(engine, PROMPT, max_new_tokens=4)).message.text == expected
+    assert resident_bytes() - before < SLACK_BYTES
+    assert (await answer(engine, PROMPT, max_new_tokens=4)).message.text == expected
     assert bool(pieces) is not is_long
     assert engine.memory().kv_bytes < 60 * MIB
     assert (await answer(engine, messages, max_new_tokens=4)).completion_tokens == 4, "with the memory that it needs"

@@ -7,7 +7,8 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as running
 from hypothesis import strategies as st
 
 from kani_nb.hardware.arithmetic import (
@@ -22,6 +23,7 @@ from kani_nb.hardware.arithmetic import (
     odd_shapes,
     quantized_tensors,
     settings_of_checkpoint,
+    sparing_tied_head,
     unmatched,
     weight_bytes,
 )
@@ -149,6 +151,32 @@ def test_skip_patterns_follow_transformers_own_rule():
     assert unmatched(shape(tie_word_embeddings=True), ["lm_head", "head"]) == []
 
 
+def test_a_tied_head_is_spared_though_a_list_replaces_the_default(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    tied, nf4 = shape(tie_word_embeddings=True), find_scheme("nf4")
+    asked = Quantization("nf4", llm_int8_skip_modules=("down_proj",))
+    spared = sparing_tied_head(tied, asked, nf4)
+    assert spared.llm_int8_skip_modules == ("down_proj", "lm_head")
+    assert weights(tied, spared) == weights(tied, asked)
+    for same in (NF4, spared, Quantization("nf4", llm_int8_skip_modules=(".*head",))):
+        assert sparing_tied_head(tied, same, nf4) is same
+    assert sparing_tied_head(shape(), asked, nf4) is asked
+    packed = Quantization("cpu-int8", llm_int8_skip_modules=("down_proj",))
+    assert sparing_tied_head(tied, packed, find_scheme("cpu-int8")) is packed
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | {"tie_word_embeddings": True})).save_pretrained(tmp_path)
+    for settings, answers in ((asked, False), (spared, True)):
+        wanted = nf4.transformers_config(settings, "bfloat16")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16", quantization_config=wanted)
+        with torch.inference_mode():
+            if answers:
+                assert model(torch.arange(8)[None]).logits.isfinite().all()
+            else:
+                with pytest.raises((AssertionError, AttributeError, RuntimeError)):
+                    model(torch.arange(8)[None])
+
+
 def test_shapes_that_a_kernel_cannot_take_are_named_or_left_alone():
     found = shape(hidden_size=96, intermediate_size=200, num_attention_heads=2, head_dim=48)
     odd = {each.module.rpartition(".")[2] for each in odd_shapes(found, NF4, find_scheme("nf4"))}
@@ -184,6 +212,7 @@ LAYERS = st.builds(
 )
 
 
+@running(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(LAYERS, max_size=5), st.integers(0, 1000), st.sampled_from(["float32", "bfloat16"]))
 def test_a_longer_context_never_takes_less_and_at_most_a_tokens_bytes_more(layers, tokens, dtype):
     found = replace(shape(), cache_layers=tuple(layers))
@@ -243,7 +272,7 @@ def test_a_cache_with_windows_cannot_be_quantized_and_is_counted_so():
     with pytest.raises(ValueError, match="only full attention"):
         from transformers import Gemma3TextConfig, QuantizedCache
 
-        QuantizedCache(backend="fp8", config=Gemma3TextConfig(**SIZES, sliding_window=32, head_dim=64))
+        QuantizedCache(backend="quanto", config=Gemma3TextConfig(**SIZES, sliding_window=32, head_dim=64))
 
 
 CHECKPOINTS = [

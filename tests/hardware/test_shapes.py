@@ -127,7 +127,8 @@ def test_a_window_a_shared_cache_and_grouped_queries_show_in_the_cache():
         hidden_size_per_layer_input=64,
         laurel_rank=64,
     )
-    assert [bool(layer.elements_per_token) for layer in sharing.cache_layers] == [True] * 4 + [False] * 2
+    kept = [layer.block for layer in sharing.cache_layers if layer.elements_per_token]
+    assert kept == [f"model.layers.{number}" for number in range(4)], "the last two use what the others keep"
     chunked = shape("Llama4TextConfig", head_dim=16, attention_chunk_size=32, num_local_experts=2)
     assert [layer.window for layer in chunked.cache_layers] == [32, 32, 32, None]
 

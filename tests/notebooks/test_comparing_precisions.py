@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,17 +61,30 @@ def test_what_is_committed_was_run_and_names_no_folder_of_the_machine():
     assert len(text) < 200_000
 
 
-@pytest.mark.quant
-@pytest.mark.timeout(1200)
-def test_it_runs_on_the_real_model_and_leaves_the_same(smollm2, tmp_path):
-    import nbformat
-    from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager
-    from nbclient import NotebookClient
+#: In a process of its own, which takes its sockets with it; with no folder to look in, the only kernel is that Python's.
+EXECUTE = """
+import sys, nbformat
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
 
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    # With no folder to look in, the only kernel is the one of the running interpreter.
-    manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-    client = NotebookClient(notebook, km=manager, timeout=1000, extra_arguments=["--log-level=ERROR"], resources={})
-    client.execute(env={**os.environ, "KANI_NB_HOME": str(tmp_path)}, cwd=str(tmp_path))
-    check_outputs(json.loads(nbformat.writes(notebook)))
+notebook = nbformat.read(sys.argv[1], as_version=4)
+manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+NotebookClient(notebook, km=manager, timeout=1500, extra_arguments=["--log-level=ERROR"], resources={}).execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+
+
+@pytest.mark.quant
+@pytest.mark.timeout(1800)
+def test_it_runs_on_the_real_model_and_leaves_the_same(smollm2, tmp_path):
+    left = tmp_path / "executed.ipynb"
+    done = subprocess.run(
+        [sys.executable, "-c", EXECUTE, str(NOTEBOOK), str(left)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "KANI_NB_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_outputs(json.loads(left.read_text(encoding="utf-8")))

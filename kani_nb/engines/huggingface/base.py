@@ -258,7 +258,7 @@ class HuggingEngine(BaseEngine):
         from kani_nb.engines.huggingface.prefix_cache import PrefixCache, cache_budget
         from kani_nb.engines.huggingface.weights import Weights
 
-        budget = cache_budget(loaded.model, loaded.context_tokens, loaded.device, self._cache_gib)
+        budget = cache_budget(loaded, self._cache_gib)
         self._cache = PrefixCache(loaded.model.config, budget, loaded.context_tokens)
         self._weights = Weights(loaded.model, self.model_id)
         self._loaded = loaded

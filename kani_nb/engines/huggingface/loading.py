@@ -23,11 +23,12 @@ from kani_nb.engines.huggingface.placing import Placing
 from kani_nb.errors import ConfigError, ModelFilesError, ModelUnavailableError
 from kani_nb.hardware.prompt_chunks import chunk_size
 from kani_nb.hardware.schemes import DEFAULT_GROUP_SIZE
+from kani_nb.hardware.shape_reading import BUILDING
 from kani_nb.hardware.shapes import ModelShape
 
 #: transformers changes attributes of its own classes while it loads, and puts them back: two loads at once, and every
 #: model that is loaded later may be wrong. So a process loads one at a time, an abandoned load included.
-_ONE_AT_A_TIME = threading.RLock()
+_ONE_AT_A_TIME = BUILDING
 
 
 #: Said after bitsandbytes has quantized on the fly, which leaves hundreds of MiB behind (`pytest -m timing -s`).

@@ -102,11 +102,14 @@ def choose_placing(
     notes: list[str] = []
     dtype = _dtype(request, config, first, scheme, notes)
     settings = _settings_on(held, first, notes)
+    from kani_nb.hardware.arithmetic import sparing_tied_head
+
     shape = shape or _shape(config, request)
     row = None
     device_map: Any = request.device_map
     if shape is not None:
         _check_modules(shape, settings, request)
+        settings = sparing_tied_head(shape, settings, scheme)
         row = _planned(shape, settings, dtype, budgets, request)
         device_map = row.device_map if len(set(row.device_map.values())) > 1 else None
     device = first.name

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kani_nb.engines.huggingface import kv_layers
+
+if TYPE_CHECKING:
+    from kani_nb.engines.huggingface.generation import LoadedModel
 
 #: A shorter common prefix is cheaper to compute than to keep apart.
 _LEAST_REUSED_TOKENS = 4
@@ -182,10 +185,16 @@ class PrefixCache:
         return next((kv_layers.bytes_per_token(entry.cache) for entry in reversed(self._entries) if entry.ids), 0)
 
 
-def cache_budget(model: Any, context_tokens: int, device: str, asked_gib: float | None) -> int:
+def cache_budget(loaded: LoadedModel, asked_gib: float | None) -> int:
     """Bytes of states to keep: as asked for, or one full context, at most a quarter of the device's free memory."""
+    from kani_nb.hardware.arithmetic import kv_bytes
     from kani_nb.hardware.devices import free_bytes
 
     if asked_gib is not None:
         return int(asked_gib * _GIB)
-    return min(kv_layers.full_context_bytes(model, context_tokens), free_bytes(device) // 4)
+    shape = loaded.placing.shape
+    if shape is not None:
+        whole = kv_bytes(shape, loaded.context_tokens, loaded.dtype)
+    else:
+        whole = kv_layers.full_context_bytes(loaded.model, loaded.context_tokens)
+    return min(whole, free_bytes(loaded.device) // 4)
