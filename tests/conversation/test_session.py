@@ -138,7 +138,7 @@ def test_history_can_be_read_from_any_thread_while_rounds_run(open_session):
         ([TextDelta("par"), ValueError("bad luck")], GenerationError, "ValueError: bad luck"),
         ([GenerationError("as it is")], GenerationError, "^as it is$"),
         ([PromptError("no template")], PromptError, "^no template$"),
-        ([TextDelta("x"), MemoryError()], OutOfMemoryError, "ran out of memory"),
+        ([MemoryError()], OutOfMemoryError, "ran out of memory"),
         ([type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried")], OutOfMemoryError, "Tried"),
         ([RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")], OutOfMemoryError, "allocate"),
         ([SystemExit(3)], GenerationError, "SystemExit"),
@@ -155,6 +155,15 @@ async def test_an_error_inside_generation_commits_nothing(open_session, store, r
         assert caught.value.__cause__ is script[-1]
     assert failing.conversation == before == store.load(before.id)
     assert (len(recorder), journal_size(store), failing.is_busy) == (1, 0, False)
+
+
+async def test_running_out_of_memory_in_mid_answer_keeps_what_had_come(open_session, store):
+    session = open_session(Scripted(TextDelta("half an ans"), MemoryError()))
+    with pytest.raises(OutOfMemoryError):
+        await session.ask("now")
+    turn = list(session.conversation.turns.values())[-1]
+    assert (turn.messages[-1].text, turn.interrupted) == ("half an ans", True)
+    assert store.load(session.conversation.id) == session.conversation
 
 
 async def test_out_of_memory_frees_what_the_failed_frames_held(open_session):
