@@ -61,7 +61,7 @@ def test_what_is_committed_was_run_and_names_no_folder_of_the_machine():
     assert len(text) < 200_000
 
 
-#: In a process of its own, which takes its sockets with it. With no folder to look in, its own Python is the only kernel.
+#: In a process of its own, which takes its sockets with it. Without a folder to look in, its Python is the only kernel.
 EXECUTE = """
 import sys, nbformat
 from jupyter_client.kernelspec import KernelSpecManager
