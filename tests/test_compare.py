@@ -30,6 +30,8 @@ from kani_nb.serve.cli import main
 from kani_nb.serve.terminal import ProgressLine
 from tests.conftest import make_tokenizer
 
+pytestmark = pytest.mark.quant
+
 MIB = 2**20
 TEXT = "the quick brown fox jumps over the lazy dog\nWhat is the capital of France? Paris."
 SHORT = {"runs": 1, "max_new_tokens": 4, "text": TEXT}

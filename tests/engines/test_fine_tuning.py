@@ -15,10 +15,8 @@ from tests.engines.asking import answer, engine_of
 TEXTS = ["the quick brown fox jumps over the lazy dog", "über den faulen Hund. Ça va très bien, merci."]
 QUESTION = ChatMessage.user("What is the capital of France? The capital of France is")
 SHORT = {"max_new_tokens": 10}
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{each}")
-    for each in ("torch.utils.checkpoint", ".*gradient_checkpointing.*:FutureWarning", "(Unm|M)erge lora module")
-]
+_EXPECTED = ("torch.utils.checkpoint", ".*gradient_checkpointing.*:FutureWarning", "(Unm|M)erge lora module")
+pytestmark = [pytest.mark.quant, *(pytest.mark.filterwarnings(f"ignore:{each}") for each in _EXPECTED)]
 
 
 def lora(engine, *, dropout=0.0, checkpoints=False, name="default"):

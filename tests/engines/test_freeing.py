@@ -13,6 +13,8 @@ from kani_nb.hardware.remains import Remains
 from tests.engines.asking import answer, engine_of
 from tests.memory import MIB, WIDE_KV_BYTES, make_wide_model, only_more, resident_bytes
 
+pytestmark = pytest.mark.quant
+
 #: What may stay: code and caches of the libraries that a later use brings in, and the allocator's own. The model has
 #: 65 MiB; measured were -6 to 3 MiB.
 SLACK_BYTES = 12 * MIB
@@ -131,11 +133,11 @@ async def test_an_answer_without_enough_memory_frees_what_it_held_and_the_engine
     assert not is_long or engine.prompt_len(messages) >= tokens
     before = resident_bytes()
     pieces = []
-    with only_more(90 * MIB):
-        with pytest.raises(OutOfMemoryError, match=r"out of memory while .* answering(.|\n)*the engine still works"):
-            async for event in engine.stream(messages, do_sample=False, max_new_tokens=tokens):
-                if isinstance(event, str):
-                    pieces.append(event)
+    said = r"out of memory while .* answering(.|\n)*the engine still works"
+    with only_more(90 * MIB), pytest.raises(OutOfMemoryError, match=said):
+        async for event in engine.stream(messages, do_sample=False, max_new_tokens=tokens):
+            if isinstance(event, str):
+                pieces.append(event)
     assert resident_bytes() - before < SLACK_BYTES
     assert (await answer(engine, PROMPT, max_new_tokens=4)).message.text == expected
     assert bool(pieces) is not is_long

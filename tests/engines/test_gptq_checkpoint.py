@@ -21,6 +21,8 @@ from kani_nb.hardware.gptq_check import needs_of
 from kani_nb.serve.cli import main
 from tests.gptq.old_files import WIDTH, OldFile, codes, old_model
 
+pytestmark = pytest.mark.quant
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -23,6 +23,8 @@ from kani_nb.metrics.divergence import QualityTotals
 from kani_nb.quantization import Quantization
 from tests.conftest import make_model
 
+pytestmark = pytest.mark.quant
+
 SIZES = {
     "vocab_size": 400,
     "hidden_size": 64,

@@ -18,6 +18,8 @@ from kani_nb.hardware.shape_reading import shape_of
 from kani_nb.quantization import Quantization
 from tests.engines.asking import answer, engine_of
 
+pytestmark = pytest.mark.quant
+
 CONTEXT_TOKENS = 128
 SIZES = {
     "vocab_size": 512,

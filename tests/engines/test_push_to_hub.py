@@ -18,7 +18,7 @@ from tests.engines.hub_push_stand_in import Account, PushHub
 from tests.engines.quantized import assert_same_tensors, file_of, load, logits, make_bfloat16, pack
 
 # The Hub's library gives its HTTP library a file in a way that this calls old.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+pytestmark = [pytest.mark.quant, pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")]
 
 TOKEN, READ_ONLY = "hf_" + "w" * 20, "hf_" + "r" * 20
 

@@ -25,6 +25,8 @@ from kani_nb.quantization import Quantization
 from tests.conftest import make_tokenizer
 from tests.engines.quantized import load, logits, make_bfloat16
 
+pytestmark = pytest.mark.quant
+
 NF4 = Quantization("nf4")
 
 

@@ -28,6 +28,8 @@ from tests.engines.quantized import (
 )
 from tests.sources.tiny import write_gguf
 
+pytestmark = pytest.mark.quant
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

@@ -16,6 +16,8 @@ from kani_nb.hardware.shape_reading import shape_of
 from kani_nb.quantization import Quantization
 from tests.hardware.published import published
 
+pytestmark = pytest.mark.quant
+
 CHUNK, CONTEXT = 32, 256
 #: What a fused attention kernel takes inside, for each thread; the plan does not see it.
 KERNEL = 128 * 1024

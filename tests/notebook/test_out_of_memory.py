@@ -1,9 +1,11 @@
-"""Memory that really runs out, in a load and in an answer: the cell fails in one paragraph, and nothing else is lost."""
+"""Memory that really runs out, in a load and in an answer: the cell fails in one paragraph, nothing is lost."""
 
 import pytest
 
 from kani_nb.errors import OutOfMemoryError
 from tests.memory import MIB, make_wide_model, only_more
+
+pytestmark = pytest.mark.quant
 
 OPTIONS = "--as wide --dtype float32 --threads 1 --no-sample"
 
