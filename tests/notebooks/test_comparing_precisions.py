@@ -75,7 +75,7 @@ nbformat.write(notebook, sys.argv[2])
 """
 
 
-@pytest.mark.quant
+@pytest.mark.notebooks
 @pytest.mark.timeout(1800)
 def test_it_runs_on_the_real_model_and_leaves_the_same(smollm2, tmp_path):
     left = tmp_path / "executed.ipynb"

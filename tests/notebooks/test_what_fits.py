@@ -61,7 +61,7 @@ def test_what_is_committed_is_what_its_cells_say_today(monkeypatch):
         assert_says(printed.getvalue(), committed[cell["id"]])
 
 
-@pytest.mark.kernels
+@pytest.mark.notebooks
 def test_a_real_kernel_says_the_same(tmp_path):
     subprocess.run([sys.executable, __file__, tmp_path / "run.ipynb"], check=True, timeout=300)
     committed = said(NOTEBOOK)
