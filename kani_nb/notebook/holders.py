@@ -23,6 +23,8 @@ from kani_nb.notebook.stat_line import size
 
 _LAST = ("last_type", "last_value", "last_traceback", "last_exc")
 _IN_TRACEBACK = ("etype", "evalue", "tb")
+#: Libraries whose objects lead everywhere, and hold a model only through what is looked at anyway.
+_MACHINERY = {"IPython", "ipykernel", "traitlets", "zmq", "tornado", "jupyter_client"}
 _MIB = 1024**2
 _MOST_NAMED = 8
 #: Objects that are looked through for each name. A tuned model of a hundred layers has about 20,000.
@@ -104,7 +106,7 @@ class _Search:
         self._shell = shell
         self._remains = remains
         # Everything is reached through these.
-        everywhere = (shell, shell.user_ns, sys.modules, getattr(shell, "kernel", None), self, remains)
+        everywhere = (shell, shell.user_ns, shell.user_ns.get("Out"), sys.modules, self, remains)
         self._left_out = {id(each) for each in everywhere}
 
     def variables(self) -> Iterator[Holder]:
@@ -170,7 +172,7 @@ def _held_by(value: Any) -> list[Any]:
     """The objects that `value` itself keeps alive; not the whole namespace that a function was defined in."""
     if isinstance(value, types.FunctionType):
         return [value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__]
-    if isinstance(value, types.ModuleType | types.CodeType):
+    if isinstance(value, types.ModuleType | types.CodeType) or type(value).__module__.partition(".")[0] in _MACHINERY:
         return []
     if isinstance(value, type):
         return [vars(value)] if value.__module__ == "__main__" else []

@@ -241,6 +241,32 @@ async def test_an_answer_is_refused_while_another_thread_trains(quantized):
     assert (await answer(quantized, [QUESTION], **SHORT)).message.text == computed_afresh(quantized, [QUESTION])
 
 
+def test_an_answer_is_refused_while_the_main_thread_trains(tiny_model):
+    engine = engine_of(tiny_model, quantization="nf4")
+    asyncio.run(engine.load())
+    tuned = lora(engine).train()
+    errors = []
+
+    def ask():
+        try:
+            asyncio.run(answer(engine, [QUESTION], **SHORT))
+        except EngineError as error:
+            errors.append(str(error))
+
+    def ask_from_another_thread(*_):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join(30)
+
+    hook = engine.model.model.layers[0].register_forward_pre_hook(ask_from_another_thread)
+    tuned(**batch(engine))
+    hook.remove()
+    assert ["trained by the thread 'MainThread'" in each for each in errors] == [True]
+    ask()
+    assert len(errors) == 1, "it is left in training mode, and nobody trains"
+    asyncio.run(engine.close())
+
+
 async def test_a_training_step_waits_for_the_answer_that_is_running(quantized):
     tuned = lora(quantized)
     order = []

@@ -1,8 +1,8 @@
-"""What a real kernel takes before a load, after it and after the unload, with the real model, in each version.
+"""What a real kernel takes before a load, after it and after the unload, with the real model; in all kernels.
 
-The bounds are from measurements on Linux. The first load of a scheme imports its libraries, so what an unload must come
-back to is what its first one left. A cycle leaves a few MiB in the allocator's arenas and in Python's own: up to 20 MiB
-after three were seen, and the bound is 32.
+The bounds are from measurements on Linux. The first load of a scheme imports its libraries, so what an unload must
+come back to is what its first one left. A cycle leaves a few MiB in the allocator's arenas and in Python's own: up to
+31 MiB after three were seen on a busy machine, and the bound is 48.
 """
 
 import json
@@ -16,9 +16,9 @@ from tests.memory import MIB, make_wide_model
 pytestmark = [pytest.mark.kernels, pytest.mark.timeout(600)]
 
 CYCLES = 3
-GROWTH_BYTES = 32 * MIB
-#: Least difference between a loaded model that has answered and none: seen were 257 to 269 MiB in bfloat16, 361 to 377
-#: in int8 and 373 to 400 in nf4 (where the pages of the file that was quantized are counted beside the weights).
+GROWTH_BYTES = 48 * MIB
+#: Least difference between a loaded model that has answered and none. Seen were 257 to 269 MiB in bfloat16, 360 to 377
+#: in int8 and 370 to 565 in nf4 (where the pages of the file that was quantized are counted beside the weights).
 LOADED_BYTES = {"": 200 * MIB, "--quant int8": 150 * MIB, "--quant nf4": 110 * MIB}
 ASK = "%%chat --no-sample --max-new-tokens 16\nWhat is the capital of France?"
 LIMIT = """

@@ -159,7 +159,7 @@ class HuggingEngine(BaseEngine):
 
     @property
     def model(self) -> Any:
-        """The transformers model; None before `load`."""
+        """The transformers model; None before `load`. What changes it is noticed (see `weights` for what is not)."""
         return self._loaded.model if self._loaded is not None else None
 
     @property
