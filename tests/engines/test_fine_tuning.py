@@ -94,7 +94,7 @@ class Conversation:
 SCHEMES = {"int8": {"quantization": "int8", "llm_int8_threshold": 0.0}, "nf4": {"quantization": "nf4"}}
 
 
-@pytest.fixture(params=["nf4", pytest.param("int8", marks=pytest.mark.quant)])
+@pytest.fixture(params=SCHEMES)
 async def quantized(request, tiny_model):
     engine = engine_of(tiny_model, **SCHEMES[request.param])
     await engine.load()
@@ -318,7 +318,6 @@ async def test_merging_after_an_answer_keeps_the_model(tiny_model):
     assert torch.allclose(*merged, rtol=0.05)
 
 
-@pytest.mark.quant
 @pytest.mark.parametrize("scheme", SCHEMES)
 async def test_saving_refuses_attached_adapters_and_keeps_merged_ones(tiny_model, tmp_path, scheme):
     from peft import PeftModel

@@ -98,7 +98,7 @@ async def test_a_load_that_was_cancelled_frees_what_still_arrives(wide_model, ba
     assert resident_bytes() - baseline < SLACK_BYTES
 
 
-@pytest.mark.parametrize("scheme", [None, pytest.param("int8", marks=pytest.mark.quant), "nf4"])
+@pytest.mark.parametrize("scheme", [None, "int8", "nf4"])
 async def test_a_load_without_enough_memory_is_one_short_error_and_frees_everything(
     wide_model, baseline, scheme, caplog
 ):
@@ -112,17 +112,8 @@ async def test_a_load_without_enough_memory_is_one_short_error_and_frees_everyth
     await engine.close()
 
 
-@pytest.mark.parametrize(
-    ("when", "scheme"),
-    [
-        ("reading the prompt", None),
-        ("answering", "nf4"),
-        pytest.param("reading the prompt", "int8", marks=pytest.mark.quant),
-        pytest.param("reading the prompt", "nf4", marks=pytest.mark.quant),
-        pytest.param("answering", None, marks=pytest.mark.quant),
-        pytest.param("answering", "int8", marks=pytest.mark.quant),
-    ],
-)
+@pytest.mark.parametrize("scheme", [None, "int8", "nf4"])
+@pytest.mark.parametrize("when", ["reading the prompt", "answering"])
 async def test_an_answer_without_enough_memory_frees_what_it_held_and_the_engine_goes_on(wide_model, scheme, when):
     engine = engine_of(wide_model, quantization=scheme)
     expected = (await answer(engine, PROMPT, max_new_tokens=4)).message.text
