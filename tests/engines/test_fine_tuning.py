@@ -303,6 +303,15 @@ async def test_an_answer_whose_weights_change_under_it_fails_and_leaves_no_state
     assert await conversation.turn() == 0
 
 
+async def test_weights_that_a_library_arranges_anew_while_it_answers_fail_no_answer(engine):
+    conversation = Conversation(engine)
+    engine.model.register_buffer("calls", torch.zeros(1))
+    engine.model.register_forward_pre_hook(lambda module, _: module.calls.add_(1))
+    assert await conversation.turn() == 0
+    assert await conversation.turn() == 0
+    assert engine.model.calls > 1
+
+
 async def test_merging_after_an_answer_keeps_the_model(tiny_model):
     """bitsandbytes dequantizes 4-bit weights that an answer packed as if they were not."""
     merged = []
@@ -318,11 +327,11 @@ async def test_merging_after_an_answer_keeps_the_model(tiny_model):
     assert torch.allclose(*merged, rtol=0.05)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "none"])
 async def test_saving_refuses_attached_adapters_and_keeps_merged_ones(tiny_model, tmp_path, scheme):
     from peft import PeftModel
 
-    engine = engine_of(tiny_model, dtype="bfloat16", **SCHEMES[scheme])
+    engine = engine_of(tiny_model, dtype="bfloat16", **SCHEMES.get(scheme, {}))
     await engine.load()
     tuned = lora(engine)
     train(engine, tuned)
@@ -334,7 +343,7 @@ async def test_saving_refuses_attached_adapters_and_keeps_merged_ones(tiny_model
     await engine.save(tmp_path / "whole")
     merged = (await answer(engine, [QUESTION], **SHORT)).message.text
     await engine.close()
-    fresh = engine_of(tiny_model, dtype="bfloat16", **SCHEMES[scheme])
+    fresh = engine_of(tiny_model, dtype="bfloat16", **SCHEMES.get(scheme, {}))
     await fresh.load()
     PeftModel.from_pretrained(prepared(fresh), tmp_path / "adapter")
     assert (await answer(fresh, [QUESTION], **SHORT)).message.text == with_adapter

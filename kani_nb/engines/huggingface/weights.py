@@ -60,8 +60,8 @@ class Weights:
             before, self._seen = self._seen, Fingerprint(self._model, self._steps.count)
             try:
                 yield self._seen != before
-                is_the_same = Fingerprint(self._model, self._steps.count) == self._seen
-                if not is_the_same or any(each.training for each in modules):
+                now = Fingerprint(self._model, self._steps.count)
+                if now.was_trained_since(self._seen) or any(each.training for each in modules):
                     raise EngineError(
                         f"the weights of {self._name} changed while it answered",
                         why="something trains them meanwhile",
@@ -80,7 +80,7 @@ class Fingerprint:
         steps: how often the model was run for a gradient.
     """
 
-    __slots__ = ("_adapters", "_numbers", "_objects", "_state", "_steps")
+    __slots__ = ("_adapters", "_objects", "_state", "_trained")
 
     def __init__(self, model: Any, steps: int = 0) -> None:
         import torch
@@ -89,6 +89,7 @@ class Fingerprint:
         state: list[tuple[int, int]] = []
         adapters: list[Any] = []
         read: dict[int, Any] = {}
+        trainable = 0
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' own kind of tensor is slow to look at
             for module in model.modules():
                 objects.append(weakref.ref(module))
@@ -100,31 +101,35 @@ class Fingerprint:
                     objects.append(weakref.ref(tensor))
                     version = 0 if tensor.is_inference() else tensor._version
                     state.append((version, 0 if moves else tensor.data_ptr()))
+                    trainable += version if tensor.requires_grad else 0
                     if tensor.grad is not None:
                         read[id(tensor)] = tensor
                 if _has_adapters(module):
                     adapters.append(_adapter_state(module))
                     read |= {id(each): each for each in _adapter_weights(module)}
-            self._numbers = _numbers_of(read.values())
+            numbers = _numbers_of(read.values())
         self._objects = objects
         self._state = state
         self._adapters = adapters
-        self._steps = steps
+        self._trained = (steps, trainable, *numbers)
 
     def __eq__(self, other: object) -> bool:
         """Whether nothing changed between the two."""
         return (
             isinstance(other, Fingerprint)
-            and self._steps == other._steps
+            and self._trained == other._trained
             and self._state == other._state
             and self._adapters == other._adapters
-            and self._numbers == other._numbers
             and len(self._objects) == len(other._objects)
             # One object has one weak reference, so a new object at the address of an old one shows.
             and all(mine is its and mine() is not None for mine, its in zip(self._objects, other._objects, strict=True))
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    def was_trained_since(self, earlier: Fingerprint) -> bool:
+        """Whether what can be trained changed. Libraries may arrange frozen weights anew when they are first used."""
+        return self._trained != earlier._trained
 
 
 def _tensors_of(module: Any) -> Iterator[Any]:
