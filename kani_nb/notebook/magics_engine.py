@@ -104,6 +104,7 @@ class EngineMagics(Magics):
         config = config_from_args(chosen)
         from kani_nb.notebook.load_view import LoadView
 
+        forget_tracebacks(self.shell)  # what the frames of a failed cell hold, the load may need
         watched = Watched(rt.engines.values())
         with InterruptGuard() as guard:
             view = LoadView(config.model)

@@ -306,7 +306,11 @@ async def test_an_answer_whose_weights_change_under_it_fails_and_leaves_no_state
 async def test_weights_that_a_library_arranges_anew_while_it_answers_fail_no_answer(engine):
     conversation = Conversation(engine)
     engine.model.register_buffer("calls", torch.zeros(1))
-    engine.model.register_forward_pre_hook(lambda module, _: module.calls.add_(1))
+
+    def count(module, _):
+        module.calls.add_(1)
+
+    engine.model.register_forward_pre_hook(count)
     assert await conversation.turn() == 0
     assert await conversation.turn() == 0
     assert engine.model.calls > 1

@@ -86,3 +86,14 @@ def test_nothing_is_named_when_nothing_is_held_but_by_the_frames_of_a_failed_cel
     assert "held" not in printed
     gc.collect()
     assert cells.shell.user_ns["engine"].model is None
+
+
+def test_a_load_lets_go_of_what_the_frames_of_a_failed_cell_hold(cells):
+    cells.good("import weakref\nclass Tensor: pass\nbig = Tensor()\nref = weakref.ref(big)")
+    assert (
+        "ValueError"
+        in cells.run(FAILING + "def use():\n    global big\n    mine, big = big, None\n    fail(mine)\nuse()")[1]
+    )
+    assert cells.shell.user_ns["ref"]() is not None
+    cells.good("%load_engine echo")
+    assert cells.shell.user_ns["ref"]() is None

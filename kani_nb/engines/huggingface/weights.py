@@ -6,7 +6,8 @@ changes, at what adapters say of themselves and at how often the model was run f
 where the counters say nothing (fused optimizers and those of bitsandbytes do not count): of adapters and of what has a
 gradient.
 
-Not seen: what is written through `tensor.data` alone into a weight that is neither. Use `torch.no_grad()` instead.
+Not seen: what is written through `tensor.data` alone into a weight that is neither (use `torch.no_grad()` instead), and
+a hook that changes what a layer gives.
 """
 
 from __future__ import annotations
