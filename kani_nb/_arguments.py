@@ -28,6 +28,7 @@ _REWRITTEN = (
 
 def in_plain_words(message: str) -> str:
     """What argparse said of a wrong line, without its own terms; as it is where it says something else."""
+    message = " ".join(message.split())
     for pattern, sentence in _REWRITTEN:
         found = pattern.fullmatch(message)
         if found is not None:

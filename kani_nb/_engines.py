@@ -15,7 +15,7 @@ from kani_nb._loop import LoopThread
 from kani_nb.config import EngineConfig
 from kani_nb.engines.base import BaseEngine, ProgressCallback
 from kani_nb.engines.registry import create_engine
-from kani_nb.engines.worker import Slot
+from kani_nb.engines.worker import Slot, run_in_thread
 from kani_nb.errors import ConfigError, KaniNbError, NoEngineError, did_you_mean
 
 
@@ -143,7 +143,9 @@ class EngineRoster:
             if config.model == "auto" and "auto" not in self._engines:
                 from kani_nb.auto_choice import auto_config
 
-                choice = await asyncio.to_thread(auto_config, config, progress=progress)
+                choice = await run_in_thread(
+                    lambda cancelled: auto_config(config, progress=progress, cancelled=cancelled), name="kani-nb-choose"
+                )
                 config, why = choice.config, choice.why
             for known, loaded in self._configs.items():
                 if loaded == config and name in (None, known) and self._engines[known].is_loaded:

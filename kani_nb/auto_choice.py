@@ -7,11 +7,12 @@ network first. Blocking: call it in a worker thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
-from kani_nb._amounts import in_words as memory
+from kani_nb._amounts import in_words
 from kani_nb.config import EngineConfig, parse_config
 from kani_nb.engines.auto_models import AUTO_MODELS, AutoModel
 from kani_nb.engines.base import LoadProgress, ProgressCallback
@@ -19,8 +20,8 @@ from kani_nb.errors import DoesNotFitError, KaniNbError, ModelUnavailableError
 from kani_nb.hardware.plans import Budget, Plan, PlanRow
 from kani_nb.hardware.schemes import find_scheme
 from kani_nb.hardware.shapes import ModelShape
-from kani_nb.plan_text import count_of_parameters, disk, in_words, speed
-from kani_nb.planning import end_if
+from kani_nb.plan_text import count_of_parameters, disk, row_in_words, speed
+from kani_nb.planning import end_if, speeds_of
 
 NAME = "auto"
 #: The least context that a chat is planned with, and the most that is taken without being asked for.
@@ -56,6 +57,7 @@ def choose_auto(
     cached: Collection[str] = (),
     free_disk_bytes: int | None = None,
     asked: EngineConfig | None = None,
+    cpu_speeds: Mapping[str, float] | None = None,
 ) -> Choice:
     """The largest model of the list that fits `budgets`, in the precision that its plan recommends.
 
@@ -69,13 +71,14 @@ def choose_auto(
         cached: aliases of the models on this disk.
         free_disk_bytes: room for a download; None does not count.
         asked: what the user wants beside the model: scheme, dtype, device, context and the rest are kept.
+        cpu_speeds: as `planner.make_plan` takes them.
 
     Raises:
         DoesNotFitError: not even the smallest fits.
         ModelUnavailableError: none that fits can be had from here.
     """
     wish = asked or EngineConfig(NAME)
-    search = _Search(tuple(budgets), is_offline, frozenset(cached), free_disk_bytes, wish)
+    search = _Search(tuple(budgets), is_offline, frozenset(cached), free_disk_bytes, wish, cpu_speeds)
     for model in reversed(AUTO_MODELS):
         found = search.look_at(model)
         if isinstance(found, Choice):
@@ -111,12 +114,14 @@ class _Search:
         cached: frozenset[str],
         free_disk_bytes: int | None,
         asked: EngineConfig,
+        cpu_speeds: Mapping[str, float] | None,
     ) -> None:
         self._budgets = budgets
         self._is_offline = is_offline
         self._cached = cached
         self._free_disk_bytes = free_disk_bytes
         self._asked = asked
+        self._cpu_speeds = cpu_speeds
         self.refused: list[_Refused] = []
 
     def look_at(self, model: AutoModel, *, must_be_quick: bool = True) -> Choice | _Refused:
@@ -128,7 +133,7 @@ class _Search:
         plan = self._plan(model)
         fitting = [row for row in plan.rows if row.fits and self._is_wanted(model, row)]
         if not fitting:
-            return _Refused(model.name, f"takes more than {memory(plan.usable_bytes)}")
+            return _Refused(model.name, f"takes more than {in_words(plan.usable_bytes)}")
         quick = [row for row in fitting if not must_be_quick or _is_quick(row.ceiling_tokens_per_s)]
         if not quick:
             fastest = max(row.ceiling_tokens_per_s or 0.0 for row in fitting)
@@ -146,7 +151,7 @@ class _Search:
         usable = sum(each.usable_bytes for each in self._budgets if each.kind == first.kind)
         least = model.alias.parameters * _FEWEST_BITS / 8
         if least > usable:
-            return f"takes more than {memory(usable)}"
+            return f"takes more than {in_words(usable)}"
         # An embedding that is only looked up is not read: a tenth at most.
         ceiling = None if first.bandwidth_bytes_per_s is None else first.bandwidth_bytes_per_s / (0.9 * least)
         return None if _is_quick(ceiling) or not must_be_quick else f"would give less than {speed(ceiling or 0.0)}"
@@ -166,6 +171,7 @@ class _Search:
             budgets=self._budgets,
             quantizations=None if asked.quantization.is_none else (asked.quantization,),
             dtype=asked.dtype,
+            cpu_speeds=self._cpu_speeds,
         )
 
     def _is_wanted(self, model: AutoModel, row: PlanRow) -> bool:
@@ -207,7 +213,7 @@ class _Search:
     def _why(self, model: AutoModel, row: PlanRow, plan: Plan, context: int, is_quick: bool) -> str:
         devices = [share.device for share in row.shares]
         where = " + ".join(devices) if len(devices) <= 2 else f"{len(devices)} devices"
-        takes = [f"takes {memory(row.peak_bytes)} of {memory(plan.usable_bytes)} on {where}"]
+        takes = [f"takes {in_words(row.peak_bytes)} of {in_words(plan.usable_bytes)} on {where}"]
         if row.ceiling_tokens_per_s is not None:
             takes.append(f"can give up to {speed(row.ceiling_tokens_per_s)}")
         if model.name in self._cached:
@@ -217,12 +223,13 @@ class _Search:
         else:
             got = f"is a download of {disk(row.disk_bytes)}"
         size = count_of_parameters(model.alias.parameters)
-        rank = "the largest that fits and should keep pace with a reader"
+        here = " of those that can be had without the Hub" if self._is_offline else ""
+        rank = f"the largest{here} that fits and should keep pace with a reader"
         if not is_quick:
             rank = "the smallest that can be had, and none would keep pace with a reader here"
         facts = f"{size} parameters, {model.alias.licence}, {context:,} tokens of context"
         said = (
-            f"{model.name} in {in_words(row)} ({facts}): of {len(AUTO_MODELS)} chat models it is {rank}. "
+            f"{model.name} in {row_in_words(row)} ({facts}): of {len(AUTO_MODELS)} chat models it is {rank}. "
             f"It {', '.join(takes)}, and {got}."
         )
         if self.refused and is_quick:
@@ -243,7 +250,9 @@ class _Search:
         return DoesNotFitError(
             "no model of the short list fits this machine",
             why=why,
-            fix="%unload_engine what is loaded, or close what else holds memory",
+            fix="%unload_engine what is loaded, or close what else holds memory"
+            if self._asked.max_memory is None
+            else f"allow more than --max-memory={self._asked.max_memory}",
         )
 
 
@@ -286,7 +295,10 @@ def auto_config(
     offline = asked.local_only or is_offline()
     room = free_bytes(hub_cache_folder())
     tell(LoadProgress("choosing", "the largest model that fits"))
-    choice = choose_auto(budgets, is_offline=offline, cached=cached, free_disk_bytes=room, asked=asked)
+    circumstances: dict[str, Any] = {
+        "cached": cached, "free_disk_bytes": room, "asked": asked, "cpu_speeds": speeds_of(budgets)
+    }  # fmt: skip
+    choice = choose_auto(budgets, is_offline=offline, **circumstances)
     end_if(cancelled, NAME)
     if offline or choice.config.model in cached:
         return choice
@@ -294,7 +306,7 @@ def auto_config(
     trouble = _unreachable(choice.config.model, cancelled)
     if trouble is None:
         return choice
-    again = choose_auto(budgets, is_offline=True, cached=cached, free_disk_bytes=room, asked=asked)
+    again = choose_auto(budgets, is_offline=True, **circumstances)
     return replace(again, why=f"{again.why} The Hub could not be asked: {trouble}.")
 
 

@@ -6,6 +6,7 @@ Magics, the panel, the planner and the engines read only this. Nothing here load
 from __future__ import annotations
 
 import math
+import numbers
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,12 +67,7 @@ class EngineConfig:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if isinstance(self.quantization, str):
             object.__setattr__(self, "quantization", Quantization(self.quantization))
-        for name in ("max_context_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value!r}", why="it must be a whole number of at least 1")
-        if self.cache_gib is not None and not (math.isfinite(self.cache_gib) and self.cache_gib >= 0):
-            raise ConfigError(f"cache_gib is {self.cache_gib!r}", why="it must be a number of at least 0")
+        check_limits(max_context_size=self.max_context_size, threads=self.threads, cache_gib=self.cache_gib)
 
     def to_line(self) -> str:
         """The `%load_engine` line that gives an equal configuration."""
@@ -88,6 +84,20 @@ class EngineConfig:
         if self.model.startswith("-"):
             words.insert(-1, "--")
         return " ".join(words)
+
+
+def check_limits(*, max_context_size: Any, threads: Any, cache_gib: Any) -> None:
+    """Refuse limits that nothing could keep; None is no limit of one's own.
+
+    Raises:
+        ConfigError: the first that is wrong.
+    """
+    for name, value in (("max_context_size", max_context_size), ("threads", threads)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f"{name} is {value!r}", why="it must be a whole number of at least 1")
+    is_number = isinstance(cache_gib, numbers.Real) and not isinstance(cache_gib, bool)
+    if cache_gib is not None and not (is_number and math.isfinite(cache_gib) and cache_gib >= 0):
+        raise ConfigError(f"cache_gib is {cache_gib!r}", why="it must be a number of at least 0")
 
 
 def load_parser(prog: str = "%load_engine") -> LineParser:

@@ -193,10 +193,20 @@ def _schemes() -> Iterator[Finding]:
     refused = [each for each in reasons.values() if each]
     if refused:
         yield Finding("not here", " · ".join(refused))
+    yield from _cpu_kernels(features)
+
+
+def _cpu_kernels(features: tuple[str, ...]) -> Iterator[Finding]:
+    """What torch computes with on the CPU, and whether its packed low-bit products, tried once, were right."""
     import torch
+
+    from kani_nb.hardware.packed_kernels import kernel_support
 
     has = f"; this CPU has {', '.join(features)}" if features else ""
     yield Finding("CPU kernels", f"torch computes with {torch.backends.cpu.get_cpu_capability()}{has}")
+    tried = [(f"cpu-int{bits}", kernel_support(bits)) for bits in (8, 4)]
+    said = [f"{name}: {'right' if support.works else 'not used, ' + support.why}" for name, support in tried]
+    yield Finding("packed", f"products tried here, {' · '.join(said)}")
 
 
 def _bitsandbytes() -> Finding:

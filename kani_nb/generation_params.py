@@ -82,7 +82,7 @@ def _tuple_of(kind: type, name: str, value: Any) -> tuple[Any, ...]:
     return tuple(kind(each) for each in values)
 
 
-_SYNONYMS = {"stop": "stop_strings", "max_tokens": "max_new_tokens"}
+_SYNONYMS = {"stop": "stop_strings", "max_tokens": "max_new_tokens", "generator_seed": "seed"}
 
 
 def _whole(lowest: int) -> Callable[[Any], bool]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from kani_nb._amounts import in_words as memory
+from kani_nb._amounts import in_words
 from kani_nb.hardware.plans import Budget, Plan, PlanRow
 
 _MIB, _GIB = 2**20, 2**30
@@ -116,7 +116,7 @@ def places(budgets: Sequence[Budget]) -> str:
         name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         each = "" if len(names) == 1 else " each"
         told = f" ({description})" if description and description != name else ""
-        said.append(f"{name}{told}: {usable / _GIB:.1f} of {total / _GIB:.1f} GiB usable{each}")
+        said.append(f"{name}{told}: {in_words(usable)} of {in_words(total)} usable{each}")
     return "; ".join(said)
 
 
@@ -125,23 +125,26 @@ def verdict(plan: Plan) -> str:
     best = plan.best
     if best is not None:
         usable = sum(each.usable_bytes for each in plan.budgets if each.name in {share.device for share in best.shares})
-        of = f" of {memory(usable)} usable" if usable else ""
+        of = f" of {in_words(usable)} usable" if usable else ""
         where = " + ".join(share.device for share in best.shares[:_MOST_NAMED])
         on = f" on {where}" if where and len(best.shares) <= _MOST_NAMED else ""
         why = next((note.removeprefix(_REASON) for note in best.notes if note.startswith(_REASON)), "")
-        takes = f"{memory(best.peak_bytes)}{of}{on}"
-        return f"{MARK} {in_words(best)} is recommended: {f'{why}; it takes ' if why else ''}{takes}"
+        takes = f"{in_words(best.peak_bytes)}{of}{on}"
+        return f"{MARK} {row_in_words(best)} is recommended: {f'{why}; it takes ' if why else ''}{takes}"
     if not plan.rows:
         return f"{MARK} no scheme can be planned for {plan.model}"
-    least = min(plan.rows, key=lambda row: row.peak_bytes)
+    able = [row for row in plan.rows if row.can_run]
+    if not able:
+        return f"{MARK} none of them runs there: {plan.rows[0].why_not}"
+    least = min(able, key=lambda row: row.peak_bytes)
     return (
-        f"{MARK} none of them fits: {in_words(least)} takes the least, {memory(least.peak_bytes)}, and "
-        f"{memory(plan.usable_bytes)} are usable. A shorter --context, a smaller model or another --card fits "
+        f"{MARK} none of them fits: {row_in_words(least)} takes the least, {in_words(least.peak_bytes)}, and "
+        f"{in_words(plan.usable_bytes)} are usable. A shorter --context, a smaller model or another --card fits "
         "sooner; --allow-offload runs the rest from main memory or the disk, slowly"
     )
 
 
-def in_words(row: PlanRow) -> str:
+def row_in_words(row: PlanRow) -> str:
     """The scheme for a sentence, where the name `none` would be misread."""
     rest = _SHORT.get(row.dtype, row.dtype)
     return f"unquantized {rest}" if row.settings.is_none else row.label
@@ -157,8 +160,8 @@ def notes(plan: Plan) -> list[str]:
     row = plan.best or (plan.rows[0] if plan.rows else None)
     if row is not None and row.disk_bytes:
         said.append(
-            f"The checkpoint takes {disk(row.disk_bytes)} on the disk, and as much to download; loading it as "
-            f"{in_words(row)} takes up to {memory(row.host_bytes)} of main memory"
+            f"The checkpoint takes {disk(row.disk_bytes)} on the disk, and as much to download where it is not; "
+            f"loading it as {row_in_words(row)} takes up to {in_words(row.host_bytes)} of main memory"
         )
     return said
 
@@ -171,7 +174,7 @@ def _by_text(plan: Plan, said: Sequence[tuple[PlanRow, str]]) -> list[str]:
     return [
         text
         if len(saying) == len(plan.rows) > 1 or text.startswith(saying[0].label)
-        else f"{', '.join(in_words(row) for row in saying)}: {text}"
+        else f"{', '.join(row_in_words(row) for row in saying)}: {text}"
         for text, saying in rows.items()
     ]
 

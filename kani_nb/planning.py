@@ -8,22 +8,19 @@ counted in `hardware.planner`, the configuration is found by the engines, and wh
 from __future__ import annotations
 
 import argparse
-import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kani_nb.config import EngineConfig
 from kani_nb.engines.base import LoadProgress, ProgressCallback
 from kani_nb.engines.registry import parse_spec
 from kani_nb.engines.sources_aliases import find_alias
 from kani_nb.errors import ConfigError, ModelUnavailableError
-from kani_nb.hardware.plans import Plan
+from kani_nb.hardware.plans import Budget, Plan
 from kani_nb.hardware.schemes import find_scheme
 from kani_nb.quantization import DTYPES, Quantization, dtype_name
-
-#: What follows a scheme and a plus, `nf4+dq`.
-_DOUBLE_QUANT = ("dq", "doublequant")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,24 +84,13 @@ def read_schemes(text: str) -> tuple[Quantization, ...]:
     for part in text.split(","):
         if not part.strip():
             continue
-        name, *settings = (word.strip() for word in part.split("+"))
-        chosen: dict[str, Any] = {}
-        for word in settings:
-            chosen |= _setting(word, part.strip())
-        scheme = find_scheme(name)
-        found.append(Quantization(scheme.name, **chosen))
+        asked = Quantization(part.strip())
+        scheme = find_scheme(asked.scheme)
+        found.append(replace(asked, scheme=scheme.name))
         scheme.check_settings(found[-1])
     if not found:
         raise ConfigError(f"--schemes is {text!r}", fix="--schemes none,int8,nf4")
     return tuple(dict.fromkeys(found))
-
-
-def _setting(word: str, part: str) -> dict[str, Any]:
-    if re.sub(r"[^a-z]", "", word.lower()) in _DOUBLE_QUANT:
-        return {"double_quant": True}
-    if match := re.fullmatch(r"g(?:roup_size=)?(\d+)", word.lower()):
-        return {"group_size": int(match[1])}
-    raise ConfigError(f"{word!r} in the scheme {part!r} is no setting", fix="nf4+dq, or cpu-int4+g32")
 
 
 def plan_model(
@@ -164,17 +150,30 @@ def plan_model(
         config, file_bytes = known, None
         offline = f"from the sizes that ship with kani_nb, since the Hub could not be asked: {error.why or error.what}"
     end_if(cancelled, model)
+    cpu_speeds = None
+    if budgets is None:
+        budgets = budgets_here(max_memory, with_bandwidth=True)
+        cpu_speeds = speeds_of(budgets)
     plan = make_plan(
         shape_of(config, model),
         name=model,
         context_tokens=context,
-        budgets=budgets_here(max_memory, with_bandwidth=True) if budgets is None else budgets,
+        budgets=budgets,
+        cpu_speeds=cpu_speeds,
+        line=EngineConfig(model, revision=revision, dtype=dtype, max_memory=max_memory, max_context_size=context),
         quantizations=quantizations,
         dtype=dtype,
         kv_bits=kv_bits,
         file_bytes=file_bytes,
     )
     return replace(plan, notes=(*plan.notes, offline)) if offline else plan
+
+
+def speeds_of(budgets: Iterable[Budget]) -> Mapping[str, float] | None:
+    """How fast schemes multiply on this machine's CPU, where it is the CPU that computes."""
+    from kani_nb.hardware.cpu_probe import cpu_speeds
+
+    return cpu_speeds() if all(each.kind in ("cpu", "disk") for each in budgets) else None
 
 
 def _known_config(model: str) -> Any:

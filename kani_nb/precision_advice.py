@@ -136,8 +136,8 @@ def _verdict(plan: Plan) -> str:
     if best is None:
         return said
     wider = [row for row in plan.rows if row.weight_bytes > best.weight_bytes]
-    short = [plan_text.in_words(row) for row in wider if not row.fits]
-    fitting = [plan_text.in_words(row) for row in wider if row.fits]
+    short = [plan_text.row_in_words(row) for row in wider if not row.fits]
+    fitting = [plan_text.row_in_words(row) for row in wider if row.fits]
     if short:
         said += (
             f"; {', '.join(short)} {'does' if len(short) == 1 else 'do'} not fit with {plan.context_tokens:,} tokens"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,12 +34,25 @@ def dtype_name(dtype: Any, what: str = "dtype") -> str:
     return name
 
 
+_FLAGS = ("double_quant", "llm_int8_has_fp16_weight", "llm_int8_enable_fp32_cpu_offload")
+
+
+def _short_setting(word: str, scheme: str) -> tuple[str, Any]:
+    """The setting that `dq` or `g64` stands for, and its value."""
+    if re.sub(r"[^a-z]", "", word) in ("dq", "doublequant"):
+        return "double_quant", True
+    if match := re.fullmatch(r"g(?:roup_size=)?(\d+)", word):
+        return "group_size", int(match[1])
+    raise ConfigError(f"{word!r} in the scheme {scheme!r} is no setting", fix="nf4+dq, or cpu-int4+g32")
+
+
 @dataclass(frozen=True, slots=True)
 class Quantization:
     """A quantization scheme and its settings. Settings that were not given are None: the scheme then has its default.
 
     Attributes:
-        scheme: its name, for example `nf4`; `none` leaves the weights as the checkpoint has them.
+        scheme: its name, for example `nf4`; `none` leaves the weights as the checkpoint has them. Two settings may be
+            said with it: `nf4+dq` (double quantization), `cpu-int4+g64` (group size).
         double_quant: quantize the scales of 4-bit weights too (bitsandbytes' nested quantization).
         compute_dtype: what 4-bit weights are multiplied in; `auto` is the model's dtype.
         quant_storage: what the 4-bit codes are stored in.
@@ -65,10 +79,10 @@ class Quantization:
 
     def __post_init__(self) -> None:
         """Check each value once, here."""
-        scheme: Any = self.scheme
-        if not isinstance(scheme, str) or not scheme.strip():
-            raise ConfigError(f"quantization is {scheme!r}", why="it must be the name of a scheme")
-        object.__setattr__(self, "scheme", scheme.strip().lower())
+        self._read_scheme()
+        for flag in _FLAGS:
+            if (given := getattr(self, flag)) is not None and not isinstance(given, bool):
+                raise ConfigError(f"{flag} is {given!r}", why="it must be true or false")
         object.__setattr__(self, "compute_dtype", dtype_name(self.compute_dtype, "compute_dtype"))
         if self.quant_storage is not None:
             storage = str(self.quant_storage).removeprefix("torch.").lower()
@@ -78,7 +92,8 @@ class Quantization:
                 )
             object.__setattr__(self, "quant_storage", storage)
         if self.group_size is not None and self.group_size not in _GROUP_SIZES:
-            raise ConfigError(f"group_size is {self.group_size!r}", why=f"it must be one of {_GROUP_SIZES}")
+            sizes = ", ".join(map(str, _GROUP_SIZES))
+            raise ConfigError(f"group_size is {self.group_size!r}", why=f"it must be one of {sizes}")
         value: Any = self.llm_int8_threshold
         if value is not None:
             good = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -93,6 +108,19 @@ class Quantization:
             if not all(isinstance(name, str) and name for name in names):
                 raise ConfigError(f"llm_int8_skip_modules is {names!r}", why="it must hold names of modules")
             object.__setattr__(self, "llm_int8_skip_modules", () if names == ("none",) else names)
+
+    def _read_scheme(self) -> None:
+        """The name, and the settings that were said with it."""
+        scheme: Any = self.scheme
+        if not isinstance(scheme, str) or not scheme.strip():
+            raise ConfigError(f"quantization is {scheme!r}", why="it must be the name of a scheme")
+        name, *words = (word.strip().lower() for word in scheme.split("+"))
+        object.__setattr__(self, "scheme", name)
+        for word in words:
+            setting, chosen = _short_setting(word, scheme)
+            if getattr(self, setting) not in (None, chosen):
+                raise ConfigError(f"{setting} is given as {chosen} ({scheme}) and as {getattr(self, setting)}")
+            object.__setattr__(self, setting, chosen)
 
     @property
     def is_none(self) -> bool:

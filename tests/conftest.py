@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,19 @@ _TRAINING_TEXT = [
     "Hello, how are you today? I am fine, thank you. 0123456789 (){}[]<>!?.,:;'\"",
     "Der schnelle braune Fuchs springt über den faulen Hund. Ça va très bien, merci.",
 ] * 4
+
+
+def pytest_configure() -> None:
+    """A shell that starts a job in the background has it ignore interrupts; the tests of interrupts need them."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_own_objects_are_collected() -> None:
+    """A collection looks at what a module made: what a whole run has made before takes it a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

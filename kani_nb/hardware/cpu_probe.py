@@ -1,4 +1,4 @@
-"""Which scheme this CPU multiplies fastest, found out by multiplying: about a second, and nothing is downloaded.
+"""Which scheme this CPU multiplies fastest, found out by multiplying for half a second.
 
 What is timed is what decoding does, one row times weights that no cache holds, with as many threads as torch has now.
 A whole model gains less: its norms, its attention and Python take the same time under every scheme.
@@ -6,16 +6,15 @@ A whole model gains less: its norms, its attention and Python take the same time
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from kani_nb.hardware.precision import missing_packages
-from kani_nb.hardware.schemes import find_scheme
+from kani_nb.hardware.packed_kernels import kernel_support
+from kani_nb.hardware.schemes import DEFAULT_GROUP_SIZE
 
 #: Outputs and inputs of one weight, and how many of them: 67 million weights, 134 MB in bfloat16.
 _SIDE, _COPIES = 2048, 16
@@ -55,36 +54,34 @@ class CpuProbe:
         return f"{self.fastest} multiplies fastest on this CPU ({threads}; times bfloat16: {others})"
 
 
-def best_cpu_scheme(seconds: float = 0.4) -> CpuProbe:
-    """Time bfloat16, torch's packed 8-bit and 4-bit products and bitsandbytes' nf4 on this CPU. Blocks, loads torch.
+@cache
+def cpu_speeds() -> Mapping[str, float]:
+    """`probe_cpu().speeds`, measured once in a process."""
+    return probe_cpu().speeds
+
+
+def probe_cpu(seconds: float = 0.1) -> CpuProbe:
+    """Time bfloat16 and torch's packed 8-bit and 4-bit products on this CPU. Blocks, loads torch.
 
     They take turns, and the shortest time of each counts, so that others' load harms none of them more than another.
+    What needs bitsandbytes is left to the figures of another machine: its import alone takes seconds.
 
     Args:
-        seconds: of measuring; making the weights takes as long again, and importing bitsandbytes for the first time
-            two seconds more.
+        seconds: of measuring; making the weights takes a third of a second more.
     """
     import torch
 
     row = torch.randn(1, _SIDE).to(torch.bfloat16)
     weight = (torch.randn(_SIDE, _SIDE) / 50).to(torch.bfloat16)
-    left_out = {name: why for name in ("nf4",) if (why := missing_packages(find_scheme(name)))}
-    makers: dict[str, Callable[[Any], Any]] = {
-        "none": _plain,
-        "cpu-int8": _packed_8,
-        "cpu-int4": _packed_4,
-        "nf4": _nf4,
-    }
+    left_out: dict[str, str] = {}
+    makers: dict[str, Callable[[Any], Any]] = {"none": _plain, "cpu-int8": _packed_8, "cpu-int4": _packed_4}
     layers: dict[str, list[Any]] = {}
-    with _without_warnings_of_bitsandbytes(), torch.inference_mode():
+    with torch.inference_mode():
         for name, make in makers.items():
-            if name in left_out:
+            if name != "none" and not (support := kernel_support(8 if name == "cpu-int8" else 4)).works:
+                left_out[name] = support.why
                 continue
-            try:
-                layer = make(weight)
-            except (ImportError, RuntimeError, AttributeError, AssertionError) as error:
-                left_out[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-                continue
+            layer = make(weight)
             layers[name] = [layer, *(copy.deepcopy(layer) for _ in range(_COPIES - 1))]
         found = _shortest(layers, row, seconds)
     return CpuProbe(found, left_out, torch.get_num_threads())
@@ -105,18 +102,6 @@ def _shortest(layers: Mapping[str, list[Any]], row: Any, seconds: float) -> dict
                 found[name] = min(found[name], time.perf_counter() - started)
         rounds += 1
     return {name: shortest * _COPIES for name, shortest in found.items()}
-
-
-@contextlib.contextmanager
-def _without_warnings_of_bitsandbytes() -> Iterator[None]:
-    """It tells of an optional package of kernels that is not installed."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _plain(weight: Any) -> Any:
@@ -144,16 +129,8 @@ def _packed_4(weight: Any) -> Any:
 
     from kani_nb.hardware.packed import packed_class
 
-    layer = packed_class(4)(_SIDE, _SIDE, group_size=64, dtype=weight.dtype)
+    layer = packed_class(4)(_SIDE, _SIDE, group_size=DEFAULT_GROUP_SIZE["cpu-int4"], dtype=weight.dtype)
     layer.codes = torch.randint_like(layer.codes, 0, 256)
     layer.scale_and_zero = torch.full_like(layer.scale_and_zero, 1 / 500)
     layer.finish()
     return layer
-
-
-def _nf4(weight: Any) -> Any:
-    import bitsandbytes
-
-    layer = bitsandbytes.nn.Linear4bit(_SIDE, _SIDE, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
-    layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-    return layer.to("cpu").eval()

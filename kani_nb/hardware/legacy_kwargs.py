@@ -36,6 +36,10 @@ QUANTIZATION_NAMES = frozenset({"quantization_config", *_FLAGS, *_QUANT_TYPES, *
 _DROPPED = frozenset({"low_cpu_mem_usage", "offload_state_dict", "_fast_init", "resume_download"})
 
 
+#: Arguments of `from_pretrained` that say where files lie; they are found by `kani_nb.engines.sources`.
+_OF_FILES = frozenset({"cache_dir", "subfolder", "variant", "force_download", "proxies"})
+
+
 @dataclass(frozen=True, slots=True)
 class Translation:
     """What the arguments of an engine say, in present terms.
@@ -44,7 +48,8 @@ class Translation:
         quantization: the scheme and its settings.
         foreign_config: a `quantization_config` of a method that has no scheme here; passed on as it is.
         dtype: None where nothing was said.
-        device_map, max_memory, offload_folder, token: None where nothing was said.
+        device_map, max_memory, offload_folder, token, revision: None where nothing was said.
+        local_only, trust_remote_code: false where nothing was said.
         rest: what goes on to `from_pretrained` unchanged.
     """
 
@@ -55,6 +60,9 @@ class Translation:
     max_memory: Any = None
     offload_folder: str | None = None
     token: str | None = None
+    revision: str | None = None
+    local_only: bool = False
+    trust_remote_code: bool = False
     rest: dict[str, Any] = field(default_factory=dict)
 
 
@@ -77,20 +85,30 @@ def translate(
         value = load.pop(name)
         if value is not None and (other := said.setdefault(name, value)) is not value and other != value:
             raise ConfigError(f"{name} is given twice: {said[name]!r}, and {value!r} in model_load_kwargs")
-    dtype = _agreed("dtype", load.pop("torch_dtype", None), load.pop("dtype", None), said.pop("torch_dtype", None))
+    dtypes = (load.pop("torch_dtype", None), load.pop("dtype", None), said.pop("torch_dtype", None))
+    dtype = _agreed("dtype", *(None if each is None else dtype_name(each) for each in dtypes))
     token = _agreed(
         "token", *(_as_token(each.pop(name, None)) for each in (load, said) for name in ("use_auth_token", "token"))
     )
     settings, foreign = _quantization(quantization, said)
     folder = load.pop("offload_folder", None)
+    if unused := sorted(_OF_FILES & set(load)):
+        raise ConfigError(
+            f"{unused[0]} in model_load_kwargs cannot be used",
+            why="the files are found before transformers loads them",
+            fix="give a folder instead of the repository's name",
+        )
     return Translation(
         quantization=settings,
         foreign_config=foreign,
-        dtype=None if dtype is None else dtype_name(dtype),
+        dtype=dtype,
         device_map=load.pop("device_map", None),
         max_memory=load.pop("max_memory", None),
         offload_folder=None if folder is None else str(folder),
         token=token,
+        revision=load.pop("revision", None),
+        local_only=bool(load.pop("local_files_only", False)),
+        trust_remote_code=bool(load.pop("trust_remote_code", False)),
         rest=load,
     )
 
@@ -118,6 +136,8 @@ def _quantization(quantization: Any, said: Mapping[str, Any]) -> tuple[Quantizat
     base, foreign = _read(config if config is not None else quantization)
     words = _settings(given)
     scheme = words.pop("scheme", None)
+    if scheme == "fp4" and base.scheme == "nf4" and not any(given.get(name) for name in _QUANT_TYPES):
+        scheme = None  # `load_in_4bit` alone says no more than four bits
     if foreign is not None and (scheme or words):
         raise ConfigError(
             f"{', '.join(sorted(given))} cannot be given beside a {type(foreign).__name__}", fix="put them into it"

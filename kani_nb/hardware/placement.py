@@ -6,6 +6,7 @@ is loaded; accelerate would say less, and later. Maps of our own are made in `ha
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -48,6 +49,11 @@ def parse_max_memory(given: str | Mapping[Any, Any] | None) -> dict[str, int]:
     """
     if given is None:
         return {}
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        try:
+            given = dict(json.loads(given))
+        except ValueError:
+            raise ConfigError(f"max_memory {given!r} cannot be read", why="it is no JSON", fix=_FIX) from None
     if isinstance(given, str):
         parts = [part.strip() for part in given.split(",") if part.strip()]
         pairs: list[tuple[Any, Any]] = []
@@ -88,7 +94,7 @@ def memory_amount(amount: Any, what: str) -> int:
         raise ConfigError(f"{what} is {amount!r}", why="it has no unit", fix=f"{number}GiB or {number}MiB")
     is_bits = unit.endswith("b") and "i" not in unit.lower()  # accelerate reads 10Gb as gigabits
     if unit.upper() not in _UNITS or is_bits:
-        meant = f"{unit[0].upper()}iB" if unit[0].upper() in "KMGT" else "GiB"
+        meant = f"{unit[0].upper()}{'' if is_bits else 'i'}B" if unit[0].upper() in "KMGT" else "GiB"
         raise ConfigError(
             f"{what} is {amount!r}",
             why=f"{unit!r} is {'bits' if is_bits and unit.upper() in _UNITS else 'no unit of memory'}",
@@ -120,7 +126,8 @@ def check_device_map(
             return device_map
         return _there(device_map, there, "", (*STRATEGIES, *there))
     if not device_map:
-        raise ConfigError("the device map is empty", fix='{"": 0} puts the whole model on the first GPU, or auto')
+        first = json.dumps({"": there[0] if there else "cpu"})
+        raise ConfigError("the device map is empty", fix=f"{first} puts the whole model there, or auto")
     names = list(tensors)
     known = {*_prefixes(names), *modules, ""}
     found: dict[str, str] = {}
@@ -163,6 +170,16 @@ def _prefixes(names: Iterable[str]) -> set[str]:
             found.add(name)
             name = name.rpartition(".")[0]
     return found
+
+
+def there_is(device_map: Any, devices: Iterable[str]) -> str:
+    """The name of the device that a device map is, instead of a strategy or a dict.
+
+    Raises:
+        ConfigError: there is none of that name, with the near misses among devices and strategies.
+    """
+    known = list(devices)
+    return _there(device_map, known, "", (*STRATEGIES, *known))
 
 
 def _there(device: Any, devices: Iterable[str], where: str, shown: Iterable[str]) -> str:

@@ -7,13 +7,16 @@ it goes, and what is left over. `hardware.planner` asks.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from kani_nb._amounts import in_words
 from kani_nb.config import EngineConfig
+from kani_nb.errors import KaniNbError
 from kani_nb.hardware.arithmetic import disk_bytes, host_bytes, kv_bytes, kv_bytes_per_token, working_bytes
 from kani_nb.hardware.budgets import PROCESS_BYTES
+from kani_nb.hardware.checkpoint_packages import check_checkpoint_packages
 from kani_nb.hardware.checkpoint_schemes import checkpoint_of
 from kani_nb.hardware.costing import Costing, cut_as, told_places
 from kani_nb.hardware.placement import SLOW, STRATEGIES
@@ -29,7 +32,6 @@ from kani_nb.quantization import Quantization
 DEFAULT_CONTEXT_TOKENS = 2048
 #: Share of the total that should be left over.
 HEADROOM = 0.1
-_GIB, _MIB = 2**30, 2**20
 #: A context is not searched beyond this where the configuration names none.
 _LONGEST_TOKENS = 1 << 20
 
@@ -41,7 +43,10 @@ def default_context(shape: ModelShape) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked of a row, but for the scheme; the arguments of `planner.make_plan`, the device map checked."""
+    """What is asked of a row, but for the scheme; the arguments of `planner.make_plan`, the device map checked.
+
+    `line` is what the user asked for, whose `%load_engine` line a row's differs from in its scheme only.
+    """
 
     shape: ModelShape
     name: str
@@ -53,6 +58,7 @@ class Question:
     device_map: str | dict[str, str]
     allow_offload: bool
     chunk_tokens: int | None = None
+    line: EngineConfig | None = None
 
     @property
     def context_tokens(self) -> int:
@@ -125,8 +131,9 @@ class _Case:
             shape=shape, settings=self.settings, scheme=self.scheme, dtype=self.dtype, kv_bits=question.kv_bits
         )
         # bitsandbytes would leave all on a CPU unquantized, and other schemes' weights are nothing accelerate moves.
+        # Nor can a checkpoint that is quantized already be kept there as bitsandbytes keeps it, unquantized.
         self.can_offload = self.scheme.backend == "torch" or (
-            self.scheme.backend == "bitsandbytes" and self.kind != "cpu"
+            self.scheme.backend == "bitsandbytes" and self.kind != "cpu" and question.shape.prequantized is None
         )
         is_offloading = question.allow_offload or isinstance(self.told, dict)
         self.weights = self.costing.weights()
@@ -135,9 +142,16 @@ class _Case:
     @cached_property
     def obstacle(self) -> str:
         """Why the devices cannot run it, whatever its size."""
-        if not self.computing:
+        computing = self.computing or [each for each in self.question.budgets if each.kind != "disk"]
+        if not computing:
             return "there is no device to compute on"
-        return next((why for each in self.computing if (why := why_not(self.scheme, each))), "")
+        own = self.question.shape.prequantized
+        if own is not None and any(each.is_here for each in computing):
+            try:
+                check_checkpoint_packages("it", checkpoint_of(own).method)
+            except KaniNbError as lacking:
+                return f"{lacking.what}: {lacking.why}; {lacking.fix}"
+        return next((why for each in computing if (why := why_not(self.scheme, each))), "")
 
     def working(self, context_tokens: int) -> int:
         """What computing takes on each device that computes."""
@@ -201,6 +215,7 @@ class _Case:
             disk_bytes=disk_bytes(question.shape, question.file_bytes),
             shares=placement.shares,
             device_map=self._device_map(placement) if can_run else {},
+            can_run=not self.obstacle,
             fits=can_run and is_as_asked,
             has_headroom=can_run and is_as_asked and self.placed(tokens, room=1 / (1 + HEADROOM)).fits,
             most_context_tokens=0 if self.obstacle else self.most_context_tokens(),
@@ -216,11 +231,15 @@ class _Case:
         return Share(device="", weight_bytes=self.weights.total, kv_bytes=kv, working_bytes=self.working(tokens))
 
     def _device_map(self, placement: Placement) -> dict[str, str]:
-        """As `from_pretrained` takes it: the user's own, one entry for a single device, or block by block."""
-        if isinstance(self.question.device_map, dict):
-            return dict(self.question.device_map)
-        places = set(placement.device_map.values())
-        return {"": places.pop()} if len(places) == 1 else placement.device_map
+        """As `from_pretrained` takes it: the user's own, one entry for a single device, or block by block.
+
+        A key `""` is spelled out where something is kept aside: transformers does not find the parts it stands for.
+        """
+        places, told = set(placement.device_map.values()), self.question.device_map
+        is_aside = "disk" in places or (len(places) > 1 and not places.isdisjoint(SLOW))
+        if isinstance(told, dict) and not (is_aside and "" in told):
+            return dict(told)
+        return {"": places.pop()} if len(places) == 1 and not is_aside else placement.device_map
 
     def _further_notes(self, expert_bytes: int, host: int) -> list[str]:
         notes = [note for each in self.computing[:1] if (note := slow_cpu_note(self.scheme, each))]
@@ -231,10 +250,11 @@ class _Case:
         if self.scheme.engine != "hf":
             notes.append(f"load a .gguf file of {self.question.name or 'the model'} that has {self.scheme.name}")
         if expert_bytes and self.scheme.backend != "torch":
-            notes.append(f"{self.scheme.name} leaves the experts as they are, {gib(expert_bytes)} of them")
+            notes.append(f"{self.scheme.name} leaves the experts as they are, {in_words(expert_bytes)} of them")
         memory = next((each for each in self.question.budgets if each.name == "cpu" and each.is_here), None)
         if memory is not None and host > memory.usable_bytes and not self.obstacle:
-            notes.append(f"loading takes {gib(host)} of main memory, and {gib(memory.usable_bytes)} are free")
+            usable = in_words(memory.usable_bytes)
+            notes.append(f"loading takes {in_words(host)} of main memory, and {usable} of it may be used")
         return notes
 
 
@@ -243,22 +263,23 @@ def _lacking(placement: Placement, shares: Sequence[Share], computing: Sequence[
     if placement.fits and is_as_asked:
         return ""
     if placement.fits:
-        aside = sum(share.weight_bytes for share in shares if share.device in SLOW)
-        places = " and ".join(share.device for share in shares if share.device in SLOW and share.weight_bytes)
-        return f"it fits only with {gib(aside)} of the weights kept on {places}"
+        aside = kept_aside(shares, computing)
+        places = " and ".join(share.device for share in aside)
+        return f"it fits only with {in_words(sum(each.weight_bytes for each in aside))} of the weights kept on {places}"
     needed = sum(share.peak_bytes for share in shares)
     if len(computing) == 1:
-        return f"it needs {gib(needed)}, and {computing[0].name} has {gib(computing[0].usable_bytes)} for it"
+        return f"it needs {in_words(needed)}, and {computing[0].name} has {in_words(computing[0].usable_bytes)} for it"
     usable = sum(each.usable_bytes for each in computing)
     return (
-        f"it needs {gib(needed)}, and {len(computing)} devices have {gib(usable)} for it together: "
-        f"{gib(placement.missing_bytes)} are missing where blocks stay whole"
+        f"it needs {in_words(needed)}, and {len(computing)} devices have {in_words(usable)} for it together: "
+        f"{in_words(placement.missing_bytes)} are missing where blocks stay whole"
     )
 
 
-def gib(count: int) -> str:
-    """Bytes for a sentence: `13.5 GiB`, `270 MiB`."""
-    return f"{count / _GIB:,.1f} GiB" if count >= _GIB else f"{count / _MIB:,.0f} MiB"
+def kept_aside(shares: Iterable[Share], computing: Sequence[Budget]) -> list[Share]:
+    """The shares of devices that only keep weights for those that compute."""
+    names = {each.name for each in computing}
+    return [share for share in shares if share.device in SLOW and share.device not in names and share.weight_bytes]
 
 
 def _label(settings: Quantization, question: Question) -> str:
@@ -269,6 +290,9 @@ def _line(question: Question, settings: Quantization) -> str:
     """The `%load_engine` line that loads it so."""
     if not question.name.strip():
         return ""
+    if question.line is not None:
+        scheme = settings if question.shape.prequantized is None else question.line.quantization
+        return replace(question.line, quantization=scheme).to_line()
     device, device_map = None, None
     if isinstance(question.device_map, dict):
         device_map = json.dumps(question.device_map)

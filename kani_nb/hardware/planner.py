@@ -15,12 +15,14 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
+from kani_nb._amounts import in_words
+from kani_nb.config import EngineConfig
 from kani_nb.errors import DoesNotFitError
 from kani_nb.hardware.arithmetic import can_quantize_kv
 from kani_nb.hardware.budgets import budgets_here, budgets_of
 from kani_nb.hardware.checkpoint_schemes import checkpoint_of
 from kani_nb.hardware.placement import SLOW, check_device_map
-from kani_nb.hardware.plan_rows import DEFAULT_CONTEXT_TOKENS, Question, default_context, gib, make_row
+from kani_nb.hardware.plan_rows import DEFAULT_CONTEXT_TOKENS, Question, default_context, kept_aside, make_row
 from kani_nb.hardware.plans import Budget, Plan, PlanRow
 from kani_nb.hardware.precision import missing_packages
 from kani_nb.hardware.recommending import recommend
@@ -38,8 +40,8 @@ __all__ = [
     "refusal",
 ]
 
-#: A context shorter than this is no remedy.
-_FEWEST_TOKENS = 256
+#: A context shorter than this is no remedy, and those that are tried when what is offloaded leaves too little room.
+_FEWEST_TOKENS, _SHORTER = 256, (1024, 512, 256)
 
 
 def make_plan(
@@ -55,6 +57,7 @@ def make_plan(
     device_map: Any = None,
     allow_offload: bool = False,
     cpu_speeds: Mapping[str, float] | None = None,
+    line: EngineConfig | None = None,
 ) -> Plan:
     """The model under several schemes on one set of devices, with the row to take.
 
@@ -70,8 +73,9 @@ def make_plan(
         file_bytes: of the weight files, where they are known.
         device_map: as the engine takes it.
         allow_offload: let what does not fit be kept in main memory or on the disk.
-        cpu_speeds: how fast schemes are on this CPU, times bfloat16 (`cpu_probe.best_cpu_scheme`); by default what was
+        cpu_speeds: how fast schemes are on this CPU, times bfloat16  (`cpu_probe.cpu_speeds`); by default what was
             measured on another.
+        line: what the user asked for, to be said again with the scheme of a row; by default only what is said here.
 
     Raises:
         ConfigError: a scheme, a setting or the device map cannot be used with this model.
@@ -87,6 +91,7 @@ def make_plan(
         file_bytes=file_bytes,
         device_map=_checked(shape, device_map, devices),
         allow_offload=allow_offload,
+        line=line,
     )
     computing = question.computing(devices)
     kind = computing[0].kind if computing else ""
@@ -121,6 +126,7 @@ def plan_row(
     device_map: Any = None,
     allow_offload: bool = False,
     chunk_tokens: int | None = None,
+    line: EngineConfig | None = None,
 ) -> PlanRow:
     """One scheme: what a load would take, and whether it may.
 
@@ -140,6 +146,7 @@ def plan_row(
         device_map: as the engine takes it.
         allow_offload: let what does not fit be kept in main memory or on the disk.
         chunk_tokens: of a prompt, that are computed at once; by default what the engine chooses.
+        line: as in `make_plan`.
 
     Raises:
         ConfigError: the setting is not the scheme's, or the device map cannot be used with this model.
@@ -156,6 +163,7 @@ def plan_row(
         device_map=_checked(shape, device_map, devices),
         allow_offload=allow_offload,
         chunk_tokens=chunk_tokens,
+        line=line,
     )
     return make_row(question, settings)
 
@@ -177,8 +185,8 @@ def refusal(
     remedies = _remedies(shape, row, tuple(budgets), name or shape.name, arguments)
     return DoesNotFitError(
         f"{name or shape.name} in {row.dtype if row.settings.is_none else row.label} does not fit: {row.why_not}",
-        why=f"{gib(row.weight_bytes)} of weights, {gib(row.kv_bytes)} of KV cache at {tokens:,} tokens and "
-        f"{gib(row.working_bytes)} to work in",
+        why=f"{in_words(row.weight_bytes)} of weights, {in_words(row.kv_bytes)} of KV cache at {tokens:,} tokens and "
+        f"{in_words(row.working_bytes)} to work in",
         fix="; or ".join(each for each, _ in zip(remedies, range(2), strict=False)),
     )
 
@@ -189,14 +197,26 @@ def _remedies(
     if shape.prequantized is None:
         best = make_plan(shape, name=name, budgets=budgets, **{**arguments, "allow_offload": False}).best
         if best is not None and best.label != row.label:
-            yield f"{best.line} takes {gib(best.peak_bytes)}"
+            yield f"{best.line} takes {in_words(best.peak_bytes)}"
     if row.most_context_tokens >= _FEWEST_TOKENS:
         yield f"--max-context-size {row.most_context_tokens} fits"
-    if not arguments.get("allow_offload"):
-        offloaded = plan_row(shape, row.settings, name=name, budgets=budgets, **{**arguments, "allow_offload": True})
-        aside = sum(each.weight_bytes for each in offloaded.shares if each.device in SLOW)
-        if offloaded.device_map and aside:
-            yield f"--allow-offload keeps {gib(aside)} of the weights in slower memory"
+
+    def offloaded(context_tokens: int | None) -> PlanRow:
+        changes = {"allow_offload": True, "context_tokens": context_tokens}
+        return plan_row(shape, row.settings, name=name, budgets=budgets, **{**arguments, **changes})
+
+    computing = [each for each in budgets if each.kind not in SLOW] or [each for each in budgets if each.name == "cpu"]
+    asked, tokens = bool(arguments.get("allow_offload")), arguments.get("context_tokens")
+    for fewer in (tokens, *_SHORTER):
+        found = offloaded(fewer)
+        aside = sum(each.weight_bytes for each in kept_aside(found.shares, computing))
+        if found.device_map and aside and (fewer != tokens or not asked):
+            words = ["--allow-offload"] * (not asked) + [f"--max-context-size {fewer}"] * (fewer != tokens)
+            yield f"{' '.join(words)} keeps {in_words(aside)} of the weights in slower memory"
+            break
+    line: EngineConfig | None = arguments.get("line")
+    if line is not None and line.max_memory is not None:
+        yield f"allow more than --max-memory={line.max_memory}"
     yield "take a smaller model"
     yield "free what else holds memory (%unload_engine)"
 
@@ -249,7 +269,10 @@ def _notes(question: Question, *, has_cards: bool) -> Iterator[str]:
         yield f"{number} of {len(shape.cache_layers)} layers keep no more than {max(windows):,} tokens"
     if question.kv_bits is not None:
         if can_quantize_kv(shape):
-            yield f"the KV cache is held in {question.kv_bits} bits, all but its last 128 tokens"
+            yield (
+                f"the KV cache is counted in {question.kv_bits} bits, all but its last 128 tokens, to see what that "
+                "would save: the engine keeps all of it as it is computed"
+            )
         else:
             yield "the KV cache cannot be quantized: transformers wants full attention in every layer for that"
     process = ", and half a GiB that a process takes of a card" if has_cards else ""

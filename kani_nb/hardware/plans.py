@@ -76,6 +76,7 @@ class PlanRow:
         disk_bytes: of the checkpoint, to download and keep.
         shares: by device, in the order they are filled.
         device_map: the map it would take, blocks to devices; one entry `""` for a single device.
+        can_run: the devices can compute it, whatever its size.
         fits: within the budgets, nothing offloaded that was not put aside by hand.
         has_headroom: it would fit with a tenth less memory, too.
         most_context_tokens: the longest context that fits, at most the model's window; 0 where none does.
@@ -99,6 +100,7 @@ class PlanRow:
     disk_bytes: int
     shares: tuple[Share, ...] = ()
     device_map: dict[str, str] = field(default_factory=dict)
+    can_run: bool = True
     fits: bool = False
     has_headroom: bool = False
     most_context_tokens: int = 0
@@ -125,6 +127,7 @@ class PlanRow:
             "disk_bytes": self.disk_bytes,
             "devices": {share.device: share.peak_bytes for share in self.shares},
             "device_map": self.device_map,
+            "can_run": self.can_run,
             "fits": self.fits,
             "has_headroom": self.has_headroom,
             "most_context_tokens": self.most_context_tokens,

@@ -100,6 +100,11 @@ def why_not(scheme: Scheme, budget: Budget) -> str:
 
 def missing_packages(scheme: Scheme) -> str:
     """What `scheme` needs and is not installed, or too old, with the line that mends it; empty where nothing is."""
+    if scheme.backend == "gptq":
+        from kani_nb.hardware.gptq_check import needs_of
+
+        lacking = needs_of(scheme.name)
+        return "" if lacking is None else f"{lacking.what}: {lacking.why}; {lacking.fix}"
     absent, old, wanted = [], [], []
     for distribution, lowest in scheme.needs:
         installed = installed_version(distribution)

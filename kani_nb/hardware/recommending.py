@@ -38,7 +38,7 @@ def recommend(
     Args:
         rows: of one plan.
         kind: of the device that computes.
-        cpu_speeds: times bfloat16, by scheme, where they were measured on this CPU.
+        cpu_speeds: times bfloat16, by scheme, where their products were measured on this CPU.
         has_fast_4bit: this CPU has what bitsandbytes' fast 4-bit product needs.
     """
     able = [at for at, row in enumerate(rows) if row.fits and row.settings.scheme in KL_NATS]
@@ -47,7 +47,8 @@ def recommend(
     chosen_from = roomy or able or [at for at, row in enumerate(rows) if row.fits]
     if not chosen_from:
         return None, ""
-    tight = "" if roomy else "; it is tight: less than a tenth is left over"
+    is_roomy = any(rows[at].has_headroom for at in chosen_from)
+    tight = "" if is_roomy else "; it is tight: less than a tenth is left over"
     if len(rows) == 1:
         return 0, f"it is the only one that was planned, and it fits{tight}"
     if kind != "cpu":
@@ -58,12 +59,11 @@ def recommend(
     good = [at for at in chosen_from if _kl(rows[at]) <= limit]
     best = min(good, key=lambda at: (-speeds.get(rows[at].settings.scheme, 1.0), _kl(rows[at]), rows[at].weight_bytes))
     scheme = rows[best].settings.scheme
-    where = "this CPU" if scheme in (cpu_speeds or {}) else "a server CPU"
-    fast = (
-        f", at {speeds.get(scheme, 1.0):.1f} times the speed of bfloat16 (measured on {where})"
-        if scheme != "none"
-        else ""
-    )
+    fast = ""
+    if scheme in (cpu_speeds or {}):
+        fast = f", its products {speeds[scheme]:.1f} times as fast as bfloat16's (measured on this CPU)"
+    elif scheme != "none":
+        fast = f", at {speeds.get(scheme, 1.0):.1f} times the speed of bfloat16 (measured on a server CPU)"
     return best, f"recommended: {_quality(rows[best])}{fast}{tight}"
 
 

@@ -275,14 +275,13 @@ def find_scheme(name: str) -> Scheme:
     for scheme in (*_OURS, *_GGUF):
         if scheme.name == _SYNONYMS.get(wanted, wanted):
             return scheme
-    points = tuple(entry_points(group=GROUP, name=wanted))
-    if points:
-        return _imported(points[0])
-    known = scheme_names()
-    raise ConfigError(
-        f"there is no quantization scheme {name!r}",
-        fix=did_you_mean(wanted, known) or f"there are {', '.join(each.name for each in _OURS)}",
-    )
+    point = next((each for each in entry_points(group=GROUP) if each.name.lower() == wanted), None)
+    if point is not None:
+        return _imported(point)
+    fix = did_you_mean(wanted, scheme_names()) or f"the schemes are {', '.join(each.name for each in _OURS)}"
+    if wanted in ("int4", "q4", "4-bit"):
+        fix = "nf4 (bitsandbytes), or cpu-int4 on a CPU (torch's own)"
+    raise ConfigError(f"there is no quantization scheme {name!r}", fix=fix)
 
 
 #: What people call them elsewhere.

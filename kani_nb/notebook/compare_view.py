@@ -26,7 +26,6 @@ from kani_nb.notebook.transcript import plain
 from kani_nb.notebook.verbs import required
 from kani_nb.options import LineParser
 
-COMPARE_USAGE = "compare MODEL [--schemes none,int8,nf4] [--sweep SETTING=V,V] [--runs N] [--text FILE]"
 _EXAMPLES = """\
 Examples:
   %engine compare smollm2                                        the default schemes, on our own text
@@ -64,7 +63,7 @@ def run_compare(shell: Any, rest: str, *, draws: bool = True) -> None:
         KaniNbError: an option cannot be used, or no scheme could be measured.
         KeyboardInterrupt: interrupted; what had been measured is shown.
     """
-    args = compare_parser().parse_line(required(rest, f"%engine {COMPARE_USAGE.partition(' [')[0]}"))
+    args = compare_parser().parse_line(required(rest, "%engine compare MODEL"))
     arguments = compare_arguments(vars(args))
     view = CompareView(args.model)
     result: Comparison | None = None

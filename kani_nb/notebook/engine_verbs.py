@@ -9,12 +9,13 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kani_nb._amounts import in_words
 from kani_nb._interrupts import Interrupted, InterruptGuard
 from kani_nb._runtime import runtime
 from kani_nb._waiting import Call
 from kani_nb.errors import ConfigError, KaniNbError
 from kani_nb.notebook.settings import KaniNB
-from kani_nb.notebook.stat_line import size
+from kani_nb.notebook.stat_line import places_in_words
 from kani_nb.notebook.tables import one_line, print_text, text_table
 from kani_nb.notebook.verbs import Verb, VerbTable, required, unquoted
 from kani_nb.options import LineParser
@@ -64,7 +65,7 @@ class EngineVerbs:
                 Verb("push ORG/NAME", "put the loaded model into a repository of the Hub", self._push, parses=True),
                 Verb("prefetch MODEL", "download a model without loading it", self._prefetch, parses=True),
             ],
-            examples=["%engine plan qwen3-0.6b", "%engine use second", "%engine save ./smollm2-nf4"],
+            examples=["%engine plan qwen3-4b", "%engine use second", "%engine save ./smollm2-nf4"],
         )
 
     def _list(self, _rest: str) -> None:
@@ -75,9 +76,9 @@ class EngineVerbs:
         rows = []
         for name, engine in rt.engines.items():
             memory = engine.memory()
-            held = (
-                "" if memory is None else f"{size(memory.weight_bytes)} + {size(memory.kv_bytes)} KV on {memory.device}"
-            )
+            held = ""
+            if memory is not None:
+                held = f"{places_in_words(memory)} + {in_words(memory.kv_bytes)} KV"
             config = rt.config_of(name)
             line = f"your own: {type(engine).__name__}" if config is None else config.to_line()
             rows.append(("*" if name == rt.engine_name else "", name, held, line))
@@ -95,12 +96,10 @@ class EngineVerbs:
         }
         memory = engine.memory()
         if memory is not None:
-            lines["memory"] = (
-                f"weights {size(memory.weight_bytes)}, KV cache {size(memory.kv_bytes)}, on {memory.device}"
-            )
+            lines["memory"] = f"weights {places_in_words(memory)}, KV cache {in_words(memory.kv_bytes)}"
         for key, value in details_of(engine).items():
             name, is_bytes = key.removesuffix("_bytes").replace("_", " "), key.endswith("_bytes")
-            lines.setdefault(name, size(value) if is_bytes and isinstance(value, int) else str(value))
+            lines.setdefault(name, in_words(value) if is_bytes and isinstance(value, int) else str(value))
         print_text(text_table(None, [(key, value) for key, value in lines.items() if value]))
 
     def _use(self, rest: str) -> None:
@@ -157,7 +156,7 @@ class EngineVerbs:
                     raise failure from None
                 raise
             finally:
-                found = "" if source is None else f"{source.origin}, {size(source.size_bytes)}"
+                found = "" if source is None else f"{source.origin}, {in_words(source.size_bytes)}"
                 note = "on this disk" if failure is None else f"was not downloaded: {one_line(str(failure), 200)}"
                 view.finish(origin=found, note=note)
 
@@ -171,7 +170,9 @@ class EngineVerbs:
             # A folder appears whole or not at all: an interrupt is answered when that is decided.
             saved = Call(runtime().loop, save(folder), guard, ask_to_end=lambda: None, grace_s=60.0).result()
         bytes_ = sum(each.stat().st_size for each in Path(saved).rglob("*") if each.is_file())
-        print_text(f"Saved, {size(bytes_)}: %load_engine {shlex.quote(str(folder))} loads it again as it is.")
+        # A bare name could be an alias, or a repository's.
+        named = folder if folder.is_absolute() or folder.parts[:1] == ("..",) else f"./{folder}"
+        print_text(f"Saved, {in_words(bytes_)}: %load_engine {shlex.quote(str(named))} loads it again as it is.")
 
     def _push(self, rest: str) -> None:
         parser = LineParser(prog="%engine push", add_help=False)

@@ -18,14 +18,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from kani_nb._amounts import in_words
 from kani_nb.hardware.remains import Remains
-from kani_nb.notebook.stat_line import size
 
 _LAST = ("last_type", "last_value", "last_traceback", "last_exc")
 _IN_TRACEBACK = ("etype", "evalue", "tb")
 #: Libraries whose objects lead everywhere, and hold a model only through what is looked at anyway.
 _MACHINERY = {"IPython", "ipykernel", "traitlets", "zmq", "tornado", "jupyter_client"}
-_MIB = 1024**2
 _MOST_NAMED = 8
 #: Objects that are looked through for each name. A tuned model of a hundred layers has about 20,000.
 _MOST_OBJECTS = 100_000
@@ -71,23 +70,21 @@ def _sentence(shell: Any, remains: Remains) -> str:
     held = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     release = "; ".join(dict.fromkeys(each.release for each in holders if each.release))
     held_bytes = remains.held_bytes
-    amount = size(held_bytes) if held_bytes >= _MIB else f"{held_bytes / 1024:.0f} KiB"
-    taken = f"{amount} stay taken" if held_bytes else "its memory stays taken"
+    taken = f"{in_words(held_bytes)} stay taken" if held_bytes else "its memory stays taken"
     return f"It is still held by {held}: {taken} until they let go{f' ({release})' if release else ''}."
 
 
 def forget_tracebacks(shell: Any) -> None:
     """Drop the last error and value that Python and IPython keep by themselves: an error's frames hold their locals."""
-    for name in _LAST:
-        if hasattr(sys, name):
-            setattr(sys, name, None)
     kept = getattr(shell, "InteractiveTB", None)
-    for name in _IN_TRACEBACK:
-        if getattr(kept, name, None) is not None:
-            setattr(kept, name, None)
+    held = [(sys, name) for name in _LAST] + [(kept, name) for name in _IN_TRACEBACK]
+    held = [(owner, name) for owner, name in held if getattr(owner, name, None) is not None]
+    for owner, name in held:
+        setattr(owner, name, None)
     if getattr(shell, "last_execution_result", None) is not None:
         shell.last_execution_result = None
-    gc.collect()
+    if held:
+        gc.collect()  # an error and its frames refer to each other
 
 
 def holders_of(shell: Any, remains: Remains) -> list[Holder]:

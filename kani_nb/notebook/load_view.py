@@ -14,10 +14,10 @@ from typing import Any
 
 from kani_nb.engines.base import LoadProgress
 from kani_nb.notebook.render import showable
-from kani_nb.notebook.stat_line import seconds, size
+from kani_nb.notebook.stat_line import seconds
 from kani_nb.notebook.surface import Surface, SurfaceKind
 from kani_nb.notebook.theme import style_tag
-from kani_nb.notebook.transcript import error_line, plain
+from kani_nb.notebook.transcript import plain
 
 _EVERY_S = 0.2
 
@@ -81,42 +81,40 @@ class LoadView:
         *,
         model: str = "",
         origin: str = "",
-        device: str = "",
         dtype: str = "",
-        memory_bytes: int | None = None,
+        held: str = "",
         note: str = "",
         remarks: str = "",
-        error: BaseException | None = None,
+        has_failed: bool = False,
     ) -> None:
         """Replace the stages by one line, and a second one of remarks. Safe to call twice.
 
         Args:
             model: the model's own name, where it differs.
             origin: where its weights came from.
-            device: where they are.
             dtype: in what precision.
-            memory_bytes: what they take.
-            note: instead of the time it took, for example that the engine was loaded already.
+            held: what they take, and where.
+            note: instead of the time it took, for example that the engine was loaded already; of a load that failed,
+                what stands now.
             remarks: what was decided on the way.
-            error: why the load failed.
+            has_failed: it was not loaded.
         """
         if self._is_finished:
             return
         self.pump()
         self._is_finished = True
         duration = seconds(self._clock() - self._started_at)
-        if error is not None:
-            line = f"{self._model} was not loaded after {duration}: {error_line(error)}"
+        if has_failed:
+            line = f"{self._model} was not loaded after {duration}{f'; {note}' if note else ''}"
         else:
-            memory = "" if memory_bytes is None else size(memory_bytes)
-            parts = [model or self._model, origin, device, dtype, memory, note or f"loaded in {duration}"]
+            parts = [model or self._model, origin, dtype, held, note or f"loaded in {duration}"]
             line = " · ".join(part for part in parts if part)
-        lines = [each for each in (line, "" if error is not None else remarks) if each]
+        lines = [each for each in (line, "" if has_failed else remarks) if each]
         if self._surface.kind is SurfaceKind.TERMINAL:
             self._surface.write("\n".join(lines) + "\n")
             return
         bundle = {"text/html": _html("".join(map(_escaped_line, lines))), "text/plain": plain("\n".join(lines))}
-        self._surface.show(bundle, _metadata("error" if error else "done", self._model), is_final=True)
+        self._surface.show(bundle, _metadata("error" if has_failed else "done", self._model), is_final=True)
 
 
 def _frame(model: str, stages: list[tuple[LoadProgress, float]], elapsed_s: float) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 
+from kani_nb._amounts import in_words
 from kani_nb._interrupts import Interrupted, InterruptGuard
 from kani_nb._runtime import LoadedEngine, Runtime, UnloadReport, runtime
 from kani_nb._waiting import Call
@@ -19,7 +20,7 @@ from kani_nb.notebook.holders import Watched, forget_tracebacks
 from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.notebook.settings import KaniNB
 from kani_nb.notebook.short_errors import short_errors
-from kani_nb.notebook.stat_line import size
+from kani_nb.notebook.stat_line import places_in_words
 from kani_nb.notebook.tables import print_text
 from kani_nb.notebook.verbs import unquoted
 from kani_nb.options import LineParser
@@ -121,11 +122,13 @@ class EngineMagics(Magics):
                 if call is not None and call.was_interrupted and is_expected:  # whatever the load made of it
                     left = "" if call.has_ended else "; the load was abandoned, and ends by itself in the background"
                     kept = f"{config.model} was not loaded; what was downloaded is kept"
-                    failure = Interrupted(f"interrupted; {kept}{left}. {_answering(rt)}")
+                    failure = Interrupted(f"interrupted; {kept}{left}; {_answering(rt)}")
                     raise failure from None
                 raise
             finally:
-                view.finish(**_outcome(loaded), error=failure)
+                # Why is said by the error itself.
+                note = {} if failure is None else {"note": _answering(rt)}
+                view.finish(**_outcome(loaded), **note, has_failed=failure is not None)
                 if held := watched.still_held(self.shell, rt.engines.values()):  # of the one that was freed for it
                     print_text(held)
 
@@ -188,9 +191,8 @@ def _outcome(loaded: LoadedEngine | None) -> dict[str, Any]:
         note = f"loaded in the place of {loaded.replaced}"
     return {
         "origin": str(details.get("origin", "")),
-        "device": memory.device if memory is not None else "",
         "dtype": precision,
-        "memory_bytes": memory.weight_bytes if memory is not None else None,
+        "held": places_in_words(memory) if memory is not None else "",
         "note": note,
         "model": loaded.name if loaded.why else "",
         "remarks": " ".join(each for each in (loaded.why, "" if loaded.reused else notes) if each),
@@ -198,11 +200,11 @@ def _outcome(loaded: LoadedEngine | None) -> dict[str, Any]:
 
 
 def _answering(rt: Runtime) -> str:
-    return f"{rt.engine_name} still answers" if rt.engine is not None else "No engine is loaded"
+    return f"{rt.engine_name} still answers" if rt.engine is not None else "no engine is loaded"
 
 
 def _unloaded(report: UnloadReport) -> str:
     freed = report.before_bytes - report.after_bytes
-    change = f"{size(report.before_bytes)} -> {size(report.after_bytes)} in use"
-    held = f"; its weights were {size(report.weight_bytes)}" if report.weight_bytes else ""
-    return f"{report.name} is unloaded: {change} ({size(max(0, freed))} freed{held})"
+    change = f"{in_words(report.before_bytes)} -> {in_words(report.after_bytes)} in use"
+    held = f"; its weights were {in_words(report.weight_bytes)}" if report.weight_bytes else ""
+    return f"{report.name} is unloaded: {change} ({in_words(max(0, freed))} freed{held})"

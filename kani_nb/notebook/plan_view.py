@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PLAN_USAGE = "plan [MODEL] [--context N] [--card CARD] [--schemes none,int8,nf4+dq]"
-EXPLAIN_USAGE = "explain [MODEL]"
 _EXAMPLES = """\
 Examples:
   %engine plan qwen3-4b                          on this machine, under every scheme

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kani_nb._amounts import in_words
 from kani_nb.hardware.spill import SEEN_SLOWDOWN
 
 if TYPE_CHECKING:
+    from kani_nb.engines.base import EngineMemory
     from kani_nb.metrics.recorder import GenerationMetrics
 
-_GIB = 1024**3
-_MIB = 1024**2
 #: Share of the context window from which the line says how full it is.
 _NEARLY_FULL = 0.75
 #: Waiting for the engine that is worth a word.
@@ -59,11 +59,6 @@ def context_use(used_tokens: int | None, window_tokens: int | None) -> str:
     return f"context {used_tokens:,}/{window_tokens:,}{warning}"
 
 
-def size(count: int) -> str:
-    """Bytes as GiB or MiB."""
-    return f"{count / _GIB:,.1f} GiB" if count >= 0.1 * _GIB else f"{count / _MIB:,.0f} MiB"
-
-
 def seconds(duration_s: float) -> str:
     """A duration with the digits that matter."""
     if duration_s < 10:
@@ -87,7 +82,15 @@ def peak_memory(metrics: GenerationMetrics) -> str:
     """The most memory that an answer took, and by whose account."""
     if metrics.peak_bytes is None:
         return ""
-    return f"peak {size(metrics.peak_bytes)} ({_SOURCES.get(metrics.peak_source, metrics.peak_source)})"
+    return f"peak {in_words(metrics.peak_bytes)} ({_SOURCES.get(metrics.peak_source, metrics.peak_source)})"
+
+
+def places_in_words(memory: EngineMemory) -> str:
+    """What the weights take, and where: `257 MiB on cpu`, `195 MiB on cpu + 62 MiB on disk`."""
+    held = {device: count for device, count in memory.shares.items() if count > 0} or {
+        memory.device: memory.weight_bytes
+    }
+    return " + ".join(f"{in_words(count)} on {device}" for device, count in held.items())
 
 
 def placement(metrics: GenerationMetrics) -> str:
@@ -111,6 +114,6 @@ def spilled(metrics: GenerationMetrics) -> str:
     if not metrics.spilled_bytes:
         return ""
     return (
-        f"{size(metrics.spilled_bytes)} spilled into shared memory: {SEEN_SLOWDOWN} times slower was seen"
+        f"{in_words(metrics.spilled_bytes)} spilled into shared memory: {SEEN_SLOWDOWN} times slower was seen"
         " (%kani doctor says how to forbid it)"
     )

@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kani_nb._amounts import in_words
 from kani_nb.metrics.sampler import resident_bytes
-from kani_nb.notebook.stat_line import seconds, size
+from kani_nb.notebook.stat_line import seconds
 from kani_nb.notebook.surface import SurfaceKind, surface_kind
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class LiveStrip:
         self._widget.state = {
             "status": status,
             "numbers": " · ".join(numbers),
-            "memory": size(self._series[-1]),
+            "memory": in_words(self._series[-1]),
             "series": [round(each / 2**20) for each in self._series],
         }
 

@@ -10,7 +10,6 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from kani_nb.messages import MediaPart, MessagePart
 from kani_nb.notebook import math
@@ -115,13 +114,6 @@ def _part_text(part: MessagePart | str) -> str:
 def shortened(text: str, limit: int) -> str:
     """The beginning of a text too long for every frame, and how much more there is."""
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text) - limit:,} more characters)"
-
-
-def error_line(error: BaseException) -> str:
-    """The first line of what an exception says, with its class."""
-    words: Any = getattr(error, "what", None) or str(error)
-    first = str(words).strip().split("\n", 1)[0]
-    return f"{type(error).__name__}: {shortened(first, 300)}" if first else type(error).__name__
 
 
 def _escape(text: str) -> str:

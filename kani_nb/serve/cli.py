@@ -20,6 +20,7 @@ from kani_nb.compare import add_arguments
 from kani_nb.errors import ConfigError, KaniNbError, did_you_mean
 from kani_nb.options import LOAD_OPTIONS
 from kani_nb.planning import add_plan_options
+from kani_nb.serve.shell_words import for_shell
 
 #: What a shell shows for a process that an interrupt ended.
 _INTERRUPTED = 130
@@ -122,12 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run: Callable[[argparse.Namespace], int] = args.run
         code = run(args)
         sys.stdout.flush()
-    except ConfigError as error:
-        print(f"kani-nb: {without_secrets(str(error))}", file=sys.stderr)
-        return 2
     except KaniNbError as error:
-        print(f"kani-nb: {without_secrets(str(error))}", file=sys.stderr)
-        return 1
+        print(f"kani-nb: {for_shell(without_secrets(str(error)))}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     except BrokenPipeError:
         # Python flushes once more at its end, and would then tell of it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -163,7 +161,7 @@ def _plan(args: argparse.Namespace) -> int:
     request = request_from_args(vars(args))
     with ProgressLine() as line:
         plan = plan_model(**request.arguments, progress=line.progress)
-    print(harmless(plan_text(plan)))
+    print(harmless(for_shell(plan_text(plan))))
     if args.json:
         print(json.dumps(plan.to_dict()))
     return 0
@@ -178,7 +176,7 @@ def _convert_gptq(args: argparse.Namespace) -> int:
     for note in (made.note, str(needs_of("gptq") or "")):
         if note:
             print(note)
-    print(f"%load_engine {made.folder}")
+    print(f"in a notebook: %load_engine {made.folder}")
     return 0
 
 
@@ -186,7 +184,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from kani_nb.doctor import report
 
     found = report()
-    print(found.to_text())
+    print(for_shell(found.to_text()))
     if args.json:
         print(json.dumps(found.to_dict()))
     return 0

@@ -16,6 +16,7 @@ from kani_nb._waiting import Call, do_nothing
 from kani_nb.config import EngineConfig, config_from_args
 from kani_nb.conversation.session import ChatReply, Notice
 from kani_nb.engines.base import LoadProgress, TextDelta
+from kani_nb.serve.shell_words import for_shell
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
 _PROMPT = "\nYou: "
@@ -120,7 +121,7 @@ class TerminalChat:
             except Interrupted:
                 print("\n[stopped; what was said is kept]")
             except KaniNbError as error:
-                print(error, file=sys.stderr)
+                print(for_shell(str(error)), file=sys.stderr)
 
     def _answer(self, prompt: str) -> None:
         """Print one answer as it comes, and its numbers. An interrupt ends it, and what was said is kept."""

@@ -50,24 +50,25 @@ def source(tmp_path_factory):
     return make_bfloat16(tmp_path_factory.mktemp("bfloat16"))
 
 
+def push_model(model, tokenizer, repo_id, *, private=None, commit_message=None, **options):
+    """Both steps of a push, and the repository's address."""
+    return saving.prepare_push(model, tokenizer, repo_id, **options).send(private, commit_message)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "nf4", "nf4 + double quant"])
 def test_what_is_pushed_comes_back_bit_for_bit(scheme, hub, source, tokenizer, tmp_path):
     import torch
 
     expected = file_of(load(source, scheme), tmp_path / "theirs")
     model = pack(load(source, scheme)) if scheme.startswith("nf4") else load(source, scheme)
-    address = saving.push_model(
-        model, tokenizer, "ada/first", token=TOKEN, source=source, reload=lambda: load(source, scheme)
-    )
+    address = push_model(model, tokenizer, "ada/first", token=TOKEN, source=source, reload=lambda: load(source, scheme))
     assert address == f"{hub.url}/ada/first"
     pulled = resolve("ada/first")
     assert_same_tensors(pulled.folder, expected)
     again = load(pulled.folder)
     assert torch.equal(logits(again), logits(load(source, scheme)))
     # a model that was loaded quantized, and has answered, pushes too
-    saving.push_model(
-        again, tokenizer, "ada/second", token=TOKEN, source=pulled.folder, reload=lambda: load(pulled.folder)
-    )
+    push_model(again, tokenizer, "ada/second", token=TOKEN, source=pulled.folder, reload=lambda: load(pulled.folder))
     first, second = (hub.repos[f"ada/{name}"].files for name in ("first", "second"))
     assert second["model.safetensors"] == first["model.safetensors"]
     assert second.keys() == first.keys()
@@ -75,13 +76,13 @@ def test_what_is_pushed_comes_back_bit_for_bit(scheme, hub, source, tokenizer, t
 
 def test_a_push_is_one_commit_and_replaces_the_weights_of_the_last(hub, source, tokenizer):
     model = load(source, "nf4")
-    saving.push_model(model, tokenizer, "lab/shared", token=TOKEN, private=True, commit_message="First weights")
+    push_model(model, tokenizer, "lab/shared", token=TOKEN, private=True, commit_message="First weights")
     repo = hub.repos["lab/shared"]
     assert repo.is_private
     assert [commit.message for commit in repo.commits[1:]] == ["First weights"]
     repo.files["README.md"] = b"# ours"
     repo.files["model-00001-of-00002.safetensors"] = b"of an earlier push"
-    saving.push_model(model, tokenizer, "lab/shared", token=TOKEN)
+    push_model(model, tokenizer, "lab/shared", token=TOKEN)
     assert repo.commits[-1].message == "Upload nf4 weights with kani_nb"
     assert {"README.md", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= repo.files.keys()
     assert "model-00001-of-00002.safetensors" not in repo.files
@@ -89,7 +90,7 @@ def test_a_push_is_one_commit_and_replaces_the_weights_of_the_last(hub, source, 
 
 
 def test_nothing_of_this_machine_is_published(hub, source, tokenizer):
-    saving.push_model(load(source, "nf4"), tokenizer, "ada/first", token=TOKEN, source=source)
+    push_model(load(source, "nf4"), tokenizer, "ada/first", token=TOKEN, source=source)
     published = b"".join(hub.repos["ada/first"].files.values())
     assert TOKEN.encode() not in published
     assert str(source.parent).encode() not in published
@@ -99,7 +100,7 @@ def test_nothing_of_this_machine_is_published(hub, source, tokenizer):
 
 def test_the_token_goes_to_the_hub_and_to_no_store_of_files(hub, source, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    saving.push_model(load(source), tokenizer, "ada/first")
+    push_model(load(source), tokenizer, "ada/first")
     stored = [asked for asked in hub.asked if asked.path.startswith("/storage/")]
     assert stored
     assert not any(asked.authorization for asked in stored)
@@ -119,7 +120,7 @@ def test_the_token_goes_to_the_hub_and_to_no_store_of_files(hub, source, tokeniz
 )
 def test_what_the_hub_refuses_is_said_without_the_token(repo_id, token, error, says, hub, source, tokenizer):
     with pytest.raises(error, match=says) as caught:
-        saving.push_model(load(source), tokenizer, repo_id, token=token)
+        push_model(load(source), tokenizer, repo_id, token=token)
     assert token is None or token not in str(caught.value)
     assert not hub.repos
 
@@ -128,11 +129,11 @@ def test_offline_and_an_absent_hub_are_told_apart(hub, source, tokenizer, monkey
     model = load(source)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelUnavailableError, match="HF_HUB_OFFLINE forbids"):
-        saving.push_model(model, tokenizer, "ada/first", token=TOKEN)
+        push_model(model, tokenizer, "ada/first", token=TOKEN)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://user:secret@127.0.0.1:9")
     with pytest.raises(ModelUnavailableError, match=r"http://127.0.0.1:9 could not be reached") as caught:
-        saving.push_model(model, tokenizer, "ada/first", token=TOKEN)
+        push_model(model, tokenizer, "ada/first", token=TOKEN)
     assert "secret" not in str(caught.value)
     assert not hub.asked
 
@@ -141,7 +142,7 @@ def test_a_push_that_fails_on_the_way_changes_nothing_there(hub, source, tokeniz
     hub.repos.clear()
     hub.failures["/api/models/ada/first/commit/"] = [500] * 10
     with pytest.raises(ModelUnavailableError, match=r"(?s)answered 500 when ada/first .*nothing was changed"):
-        saving.push_model(load(source), tokenizer, "ada/first", token=TOKEN)
+        push_model(load(source), tokenizer, "ada/first", token=TOKEN)
     assert not hub.repos["ada/first"].files
 
 
@@ -149,13 +150,13 @@ def test_a_push_that_fails_on_the_way_changes_nothing_there(hub, source, tokeniz
 def test_a_store_of_files_that_refuses_is_told_like_the_hub(status, error, hub, source, tokenizer):
     hub.failures["/storage/"] = [status]
     with pytest.raises(error, match=f"{status}.*ada/first|ada/first.*{status}"):
-        saving.push_model(load(source), tokenizer, "ada/first", token=TOKEN)
+        push_model(load(source), tokenizer, "ada/first", token=TOKEN)
     assert not hub.repos["ada/first"].files
 
 
 def test_what_cannot_be_saved_is_not_pushed_and_no_repository_is_made(hub, source, tokenizer):
     with pytest.raises(EngineError, match="expanded and rounded"):
-        saving.push_model(pack(load(source, "nf4 + double quant")), tokenizer, "ada/first", token=TOKEN)
+        push_model(pack(load(source, "nf4 + double quant")), tokenizer, "ada/first", token=TOKEN)
     assert not hub.repos
 
 

@@ -16,16 +16,16 @@ from typing import Any
 QUESTION = "What is the capital of France?"
 
 
-def through_engine(folder: str) -> dict[str, Any]:
+def through_engine(folder: str, options: dict[str, Any]) -> dict[str, Any]:
     """As a user of this package loads it."""
     from kani_nb import ChatMessage, HuggingEngine
 
     async def ask() -> dict[str, Any]:
-        engine = HuggingEngine(folder, threads=1)
+        engine = HuggingEngine(folder, threads=1, **options)
         completion = await engine.predict([ChatMessage.user(QUESTION)], do_sample=False, max_new_tokens=12)
-        weight_bytes = engine.memory().weight_bytes
+        found = {"answer": completion.message.text, "weight_bytes": engine.memory().weight_bytes, **engine.details()}
         await engine.close()
-        return {"answer": completion.message.text, "weight_bytes": weight_bytes}
+        return found
 
     return asyncio.run(ask())
 
@@ -96,7 +96,7 @@ def read(job: dict[str, Any]) -> dict[str, Any]:
 
     folder, through = job["folder"], job["through"]
     if through == "engine":
-        return through_engine(folder)
+        return through_engine(folder, job.get("options", {}))
     started = time.perf_counter()
     model = load(folder, through)
     first = next(module for name, module in model.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
@@ -115,4 +115,4 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     results = [read(job) for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))]
-    print(f"\n{json.dumps(results)}")
+    print(f"\n{json.dumps(results, default=str)}")

@@ -208,7 +208,7 @@ def test_max_memory_in_whole_mebibytes_is_read_exactly(limits):
     ("given_as", "message"),
     [
         ("0=10", r"max_memory of cuda:0 is '10': it has no unit\n→ 10GiB or 10MiB"),
-        ("0=10Gb", r"'10Gb': 'Gb' is bits\n→ 10GiB \(units are B, KB"),
+        ("0=10Gb", r"'10Gb': 'Gb' is bits\n→ 10GB \(units are B, KB"),
         ("0=10Gig", r"'10Gig': 'Gig' is no unit of memory\n→ 10GiB"),
         ("0=10elephants", r"'elephants' is no unit of memory\n→ 10GiB"),
         ("0=lots", r"'lots': it is no amount of memory"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kani_nb.hardware import bitsandbytes_check, precision
-from kani_nb.hardware.cpu_probe import CpuProbe, best_cpu_scheme
+from kani_nb.hardware.cpu_probe import CpuProbe, cpu_speeds, probe_cpu
+from kani_nb.hardware.gptq_check import needs_of
 from kani_nb.hardware.plans import Budget
 from kani_nb.hardware.precision import choose_dtype, cpu_features, missing_packages, slow_cpu_note, why_not
 from kani_nb.hardware.schemes import find_scheme, our_schemes
@@ -117,14 +118,10 @@ def test_a_package_that_is_missing_or_too_old_is_named_with_the_line_that_mends_
     assert missing_packages(find_scheme("nf4")) == (
         f'nf4 cannot run: bitsandbytes is 0.0.9; %pip install -U "bitsandbytes>={lowest["bitsandbytes"]}"'
     )
-    gptqmodel, optimum = (f'"{name}>={lowest[name]}"' for name in ("gptqmodel", "optimum"))
-    assert missing_packages(find_scheme("gptq")) == (
-        f"gptq cannot run: gptqmodel is not installed; %pip install -U {gptqmodel}"
-    )
+    # gptqmodel replaces torch: what is said of it is the same wherever it is said.
+    if (lacking := needs_of("gptq")) is not None:
+        assert missing_packages(find_scheme("gptq")) == f"{lacking.what}: {lacking.why}; {lacking.fix}"
     versions.clear()
-    assert missing_packages(find_scheme("gptq")) == (
-        f"gptq cannot run: gptqmodel and optimum are not installed; %pip install -U {gptqmodel} {optimum}"
-    )
     assert missing_packages(find_scheme("cpu-int8")) == ""
     assert why_not(find_scheme("nf4"), device(capability=A100)).startswith("nf4 cannot run: bitsandbytes is not")
     # What is installed here says nothing about a card that is not here.
@@ -169,12 +166,13 @@ def test_a_cpu_without_the_instructions_of_a_scheme_is_told_to_be_slow():
 
 
 def test_the_schemes_of_a_cpu_are_really_multiplied_and_the_fastest_is_named():
-    probe = best_cpu_scheme(seconds=0.05)
-    assert set(probe.seconds) | set(probe.left_out) == {"none", "cpu-int8", "cpu-int4", "nf4"}
+    probe = probe_cpu(seconds=0.05)
+    assert set(probe.seconds) | set(probe.left_out) == {"none", "cpu-int8", "cpu-int4"}
     assert all(0 < seconds < 10 for seconds in probe.seconds.values())
     assert probe.speeds["none"] == 1
     assert probe.speeds[probe.fastest] == max(probe.speeds.values())
     assert probe.to_text().startswith(f"{probe.fastest} multiplies fastest on this CPU")
+    assert cpu_speeds() is cpu_speeds()
 
 
 def test_a_probe_says_its_figures_in_one_sentence():

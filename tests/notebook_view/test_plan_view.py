@@ -108,7 +108,7 @@ def test_where_nothing_fits_it_is_said_with_both_numbers_and_what_to_do(too_larg
     assert f"none of them fits: unquantized fp16 takes the least, {takes}, and 10.8 GiB are usable" in said
     assert "--allow-offload" in said
     assert "%load_engine" not in said
-    assert "cuda:0 to cuda:1 (GTX 1660): 5.4 of 6.0 GiB usable each" in said
+    assert "cuda:0 to cuda:1 (GTX 1660): 5.4 GiB of 6.0 GiB usable each" in said
 
 
 def test_a_small_model_is_counted_in_mib():
@@ -161,7 +161,7 @@ def test_the_help_lists_the_options():
 
 def test_the_advice_names_what_was_measured_and_what_was_not(plan):
     said = advice(plan).to_text()
-    assert f"{plan_text.in_words(plan.best)} is recommended" in said
+    assert f"{plan_text.row_in_words(plan.best)} is recommended" in said
     assert plan.best.line in said
     assert "Measured on SmolLM2-135M-Instruct" in said
     assert "Not measured: any GPU" in said

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from kani_nb._amounts import in_words
 from kani_nb.metrics.recorder import GenerationMetrics
-from kani_nb.notebook.stat_line import context_use, seconds, size, stat_line
+from kani_nb.notebook.stat_line import context_use, seconds, stat_line
 
 FULL = {
     "model": "smollm2",
@@ -26,7 +27,7 @@ FULL = {
 def test_everything_known_is_one_line():
     assert stat_line(GenerationMetrics(**FULL)) == (
         "128 tokens · 31.2 tok/s · first after 0.12 s · 1,494 of 1,634 prompt tokens cached · context 812/8,192"
-        " · peak 0.9 GiB (process RSS) · stop"
+        " · peak 922 MiB (process RSS) · stop"
     )
 
 
@@ -62,7 +63,7 @@ def test_a_context_nearly_full_is_warned_of():
 
 
 def test_sizes_and_durations_have_the_digits_that_matter():
-    assert (size(50 * 2**20), size(2**30)) == ("50 MiB", "1.0 GiB")
+    assert (in_words(50 * 2**20), in_words(2**30)) == ("50 MiB", "1.0 GiB")
     assert (seconds(0.1234), seconds(42.4), seconds(150)) == ("0.12 s", "42 s", "2 min 30 s")
 
 

@@ -95,7 +95,7 @@ def test_a_plan_ends_with_one_line_of_json(capsys, smollm2):
     # 30 layers, 3 heads of 64 numbers for keys and as many for values, in two bytes.
     assert record["schemes"][0]["kv_bytes_per_token"] == 30 * 3 * 64 * 2 * 2
     text = "\n".join(lines[:-1])
-    assert "%load_engine smollm2" in text
+    assert "kani-nb chat smollm2" in text
     assert "is recommended" in text
 
 
@@ -128,6 +128,7 @@ def test_the_doctor_says_which_schemes_run_here_and_what_the_others_lack(capsys)
         )
         assert named_once == 1, scheme.name
     assert said["CPU kernels"].startswith("torch computes with ")
+    assert "cpu-int8: " in said["packed"] and "cpu-int4: " in said["packed"]
     assert said["bitsandbytes"].startswith(version("bitsandbytes"))
 
 
@@ -140,7 +141,7 @@ def test_a_bitsandbytes_that_cannot_be_used_is_a_problem_with_its_fix(capsys, mo
     problems = capsys.readouterr().out.split("! ")[1:]
     problem = next(each for each in problems if each.startswith("bitsandbytes is 0.41.0: "))
     assert "0.46.1 is the first that runs these schemes" in problem
-    assert "%pip install -U bitsandbytes" in problem
+    assert "pip install -U bitsandbytes" in problem
 
 
 def test_a_driver_that_spills_is_a_problem_with_the_setting_that_forbids_it(capsys, monkeypatch):

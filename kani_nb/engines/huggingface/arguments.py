@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kani_nb.config import EngineConfig
 from kani_nb.errors import ConfigError
 from kani_nb.hardware.legacy_kwargs import settings_among, translate
 from kani_nb.quantization import Quantization, dtype_name
@@ -57,6 +58,34 @@ class LoadRequest:
         return self.folder / self.gguf_file if self.gguf_file else self.folder
 
 
+def line_of(request: LoadRequest) -> EngineConfig:
+    """What was asked for, as far as a `%load_engine` line can say it."""
+    maps = request.device_map
+    return EngineConfig(
+        request.name,
+        revision=request.revision,
+        dtype=request.dtype,
+        quantization=request.quantization,
+        device=request.device,
+        device_map=json.dumps(maps, default=str) if isinstance(maps, dict) else None if maps is None else str(maps),
+        max_memory=_said_memory(request.max_memory),
+        allow_offload=request.allow_offload,
+        offload_folder=request.offload_folder,
+        cache_quantized=request.cache_quantized,
+        max_context_size=request.max_context_size,
+        threads=request.threads,
+        local_only=request.local_only,
+        trust_remote_code=request.trust_remote_code,
+        allow_pickle=request.allow_pickle,
+    )
+
+
+def _said_memory(given: Any) -> str | None:
+    if given is None or isinstance(given, str):
+        return given
+    return ",".join(f"{device}={amount}{'B' if isinstance(amount, int) else ''}" for device, amount in given.items())
+
+
 def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Further keyword arguments of an engine: those about precision, and the rest (generation parameters)."""
     precision = settings_among(arguments)
@@ -76,11 +105,17 @@ def read_arguments(request: LoadRequest, quantization: Any, precision: Mapping[s
     scheme.check_settings(said.quantization)
     changes: dict[str, Any] = {
         name: value
-        for name in ("device_map", "max_memory", "offload_folder", "token")
+        for name in ("device_map", "max_memory", "offload_folder", "token", "revision")
         if (value := _either(name, getattr(request, name), getattr(said, name))) is not None
     }
     if said.dtype is not None and request.dtype not in ("auto", said.dtype):
         raise ConfigError(f"dtype is given as {request.dtype} and as {said.dtype}", fix="give one of them")
+    if request.cache_quantized and said.quantization.llm_int8_has_fp16_weight:
+        raise ConfigError(
+            "cache_quantized and llm_int8_has_fp16_weight exclude each other",
+            why="such weights stay in 16 bits, and transformers cannot load them again as it saves them",
+            fix="leave one of them out",
+        )
     device_map = changes.get("device_map")
     if request.device is not None and device_map is not None:
         raise ConfigError(
@@ -91,6 +126,8 @@ def read_arguments(request: LoadRequest, quantization: Any, precision: Mapping[s
         quantization=replace(said.quantization, scheme=scheme.name),
         foreign_config=said.foreign_config,
         dtype=dtype_name(said.dtype or request.dtype),
+        local_only=request.local_only or said.local_only,
+        trust_remote_code=request.trust_remote_code or said.trust_remote_code,
         model_load_kwargs=said.rest,
         **changes,
     )
@@ -107,7 +144,11 @@ def device_map_of(text: str | None) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"device_map is {text!r}", why=f"it is not JSON: {error}") from None
+        raise ConfigError(
+            f"device_map is {text!r}",
+            why=f"it is not JSON: {error}",
+            fix="""in a line it stands in single quotes: --device-map '{"model.layers.0": "cpu", ...}'""",
+        ) from None
 
 
 def _either(name: str, one: Any, other: Any) -> Any:

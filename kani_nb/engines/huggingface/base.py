@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kani_nb._frames import release_frames
-from kani_nb.config import EngineConfig
+from kani_nb.config import EngineConfig, check_limits
 from kani_nb.engines.base import (
     BaseEngine,
     EngineMemory,
@@ -27,7 +27,7 @@ from kani_nb.engines.base import (
 from kani_nb.engines.huggingface.arguments import LoadRequest, device_map_of, read_arguments, split_arguments
 from kani_nb.engines.huggingface.prepared import Prepared
 from kani_nb.engines.worker import Slot, iterate_in_thread, run_in_thread
-from kani_nb.errors import GenerationError, KaniNbError
+from kani_nb.errors import GenerationError, KaniNbError, ModelUnavailableError
 from kani_nb.generation_params import GenerationParams
 from kani_nb.messages import ChatMessage
 from kani_nb.quantization import dtype_name
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 #: Fields of a configuration that are not passed on under their own name and as they are.
 _CHANGED = ("model", "max_context_size", "device_map")
-
-#: What helps when an answer runs out of memory.
-_LESS = "ask for less (--max-new-tokens, or start afresh with %chat new); the engine still works"
 
 T = TypeVar("T")
 
@@ -110,6 +107,7 @@ class HuggingEngine(BaseEngine):
         generation: GenerationParams | None = None,
         **settings: Any,
     ) -> None:
+        check_limits(max_context_size=max_context_size, threads=threads, cache_gib=cache_gib)
         precision, generation_defaults = split_arguments(settings)
         self.model_id = str(model_id)
         self.generation = GenerationParams.from_kwargs(generation_defaults, generation)
@@ -142,6 +140,7 @@ class HuggingEngine(BaseEngine):
         self._cache: PrefixCache | None = None
         self._weights: Weights | None = None
         self._loading = Slot()
+        self._times_closed = 0
         self._running: tuple[threading.Event, threading.Event] | None = None  # (stop, has ended) of the present answer
 
     @classmethod
@@ -230,11 +229,16 @@ class HuggingEngine(BaseEngine):
             if self._loaded is not None:
                 return
             report = progress or (lambda _: None)
+            closed_before = self._times_closed
             await self.prepare(report)
             started = time.monotonic()
             loaded = await run_in_thread(
                 lambda cancelled: self._load_weights(report, cancelled), name="kani-nb-load", slot=self.slot
             )
+            if self._times_closed != closed_before:
+                del loaded
+                await self._free()
+                raise ModelUnavailableError(f"{self.model_id} was closed while it was loaded", fix="load it again")
             self._adopt(loaded)
             report(LoadProgress("ready", f"{self!r} in {time.monotonic() - started:.1f} s", 1.0))
         finally:
@@ -246,9 +250,8 @@ class HuggingEngine(BaseEngine):
         request = self._prepared.request(report, cancelled)
         try:
             tokenizer = self._prepared.tokenizer()
-            with loading.one_at_a_time(request.name, cancelled):
-                lock = self._prepared.tokenizer_lock
-                return loading.load_model(request, tokenizer, lock, report, cancelled, self._prepared.shape)
+            lock = self._prepared.tokenizer_lock
+            return loading.load_model(request, tokenizer, lock, report, cancelled, self._prepared.shape)
         except KaniNbError as error:
             release_frames(error)
             library_errors.free_memory()
@@ -265,6 +268,7 @@ class HuggingEngine(BaseEngine):
 
     async def close(self) -> None:
         """Free the weights and all states. The present answer ends at its next token, and those that wait fail."""
+        self._times_closed += 1  # a load that is under way is dropped when it ends
         if self._loaded is None:
             return
         self._loaded = None
@@ -275,6 +279,9 @@ class HuggingEngine(BaseEngine):
             stop.set()
             await asyncio.to_thread(has_ended.wait)
             self._loaded = None  # it may just have been counted again
+        await self._free()
+
+    async def _free(self) -> None:
         from kani_nb.engines.huggingface.library_errors import free_memory
 
         await asyncio.to_thread(free_memory)
@@ -300,19 +307,25 @@ class HuggingEngine(BaseEngine):
     async def push_to_hub(self, repo_id: str, *, private: bool = False, commit_message: str | None = None) -> str:
         """Put what `save` writes into a repository of the Hub, which is made if need be; its address.
 
+        Cancelling returns at once; an upload that has begun goes on, and changes nothing there before it is whole.
+
         Raises:
             ConfigError, EngineError: as `save`.
             GatedModelError, ModelUnavailableError: the Hub refuses, or cannot be reached.
         """
         from kani_nb.engines.huggingface import saving
 
-        options: dict[str, Any] = {"token": self._asked.token, "private": private, "commit_message": commit_message}
-        return await self._with_weights(
+        token = self._asked.token
+        ready = await self._with_weights(
             "saving",
-            lambda loaded: saving.push_model(
-                loaded.model, loaded.tokenizer, repo_id, **options, **self._origin_of(loaded)
+            lambda loaded: saving.prepare_push(
+                loaded.model, loaded.tokenizer, repo_id, token=token, **self._origin_of(loaded)
             ),
+            discard=saving.ReadyPush.discard,
         )
+
+        # The engine may answer meanwhile.
+        return await run_in_thread(lambda _: ready.send(private, commit_message), name="kani-nb-push")
 
     def _origin_of(self, loaded: LoadedModel) -> dict[str, Any]:
         """Where the weights came from, and how to have them once more as they were."""
@@ -320,7 +333,7 @@ class HuggingEngine(BaseEngine):
 
         request = self._prepared.request()
         return {
-            "source": request.folder,
+            "source": loaded.folder,
             "reload": lambda: load_again(request, loaded),
             "weights_changed": self._weights is not None and self._weights.have_changed,
         }
@@ -335,7 +348,9 @@ class HuggingEngine(BaseEngine):
 
         return await self._with_weights("reading a text", lambda loaded: log_probs(loaded, ids))
 
-    async def _with_weights(self, doing: str, work: Callable[[LoadedModel], T]) -> T:
+    async def _with_weights(
+        self, doing: str, work: Callable[[LoadedModel], T], discard: Callable[[T], None] | None = None
+    ) -> T:
         """What `work` makes of the loaded model, in a thread that holds the slot."""
         if self._loaded is None:
             await self.load()
@@ -344,7 +359,7 @@ class HuggingEngine(BaseEngine):
             with self._in_use(cancelled, doing), self._prepared.tokenizer_lock:
                 return work(self._parts()[0])
 
-        return await run_in_thread(run, name="kani-nb-work", slot=self.slot)
+        return await run_in_thread(run, name="kani-nb-work", slot=self.slot, discard=discard)
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
@@ -417,32 +432,18 @@ class HuggingEngine(BaseEngine):
 
     @contextmanager
     def _in_use(self, stop: threading.Event, doing: str) -> Iterator[None]:
-        """While the model computes, in the thread that holds the slot: `close` waits, and failures become short."""
-        from kani_nb.engines.huggingface import library_errors
+        """While the model computes, in the thread that holds the slot: `close` waits for the end."""
+        from kani_nb.engines.huggingface.using import in_use
 
         has_ended = threading.Event()
         self._running = (stop, has_ended)
-        cache, weights = self._cache, self._weights
+        weights = self._weights
         try:
             loaded, cache, _ = self._parts()
             assert weights is not None
-            if loaded.threads is not None:
-                import torch
-
-                torch.set_num_threads(loaded.threads)  # a thread's own setting
-            with weights.in_use() as have_changed:
-                if have_changed:
-                    cache.clear()  # states of other weights
-                    self._loaded = loaded.counted_again()
+            with in_use(loaded, cache, weights, self.model_id, doing) as now:
+                self._loaded = now
                 yield
-        except KaniNbError:
-            raise
-        except Exception as error:
-            release_frames(error)
-            if cache is not None and library_errors.is_out_of_memory(error):
-                cache.clear()
-                raise library_errors.out_of_memory(f"{self.model_id} was {doing}", _LESS) from None
-            raise GenerationError(f"{self.model_id} failed while {doing}", why=library_errors.short(error)) from error
         finally:
             self._running = None
             has_ended.set()

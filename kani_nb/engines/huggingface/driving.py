@@ -42,8 +42,7 @@ class Driving:
         passes_positions: give positions and the mask explicitly.
         keeps_few_logits: forward takes `logits_to_keep`.
         rope_boundary: beyond so many tokens the rotary embedding has other factors (longrope), and states from before
-        do
-            not fit those after; None for all others.
+            do not fit those after; None for all others.
     """
 
     mode: CacheMode

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 from kani_nb.engines.base import Completion, FinishReason, PrefillProgress, StreamEvent, TextDelta
@@ -38,6 +39,7 @@ class LoadedModel:
         chunk_tokens: tokens of a prompt that are computed in one forward pass.
         device: where the input ids go, for example `cpu` or `cuda:0`.
         held_bytes: bytes of weights and scales by device; `disk` among them.
+        folder: that the weights were read from: of the model, or of the quantized copy of it.
         driving: how the model's forward is called.
         placing: where it was put and in what precision, and why.
     """
@@ -52,6 +54,7 @@ class LoadedModel:
     dtype: str
     held_bytes: dict[str, int]
     origin: str
+    folder: Path
     threads: int | None
     driving: Driving
     placing: Placing
@@ -74,7 +77,7 @@ class LoadedModel:
             "origin": self.origin,
             "device": self.device,
             "dtype": self.dtype,
-            "quantization": placing.quantization.label,
+            "quantization": placing.label,
             "threads": self.threads,
             "context_tokens": self.context_tokens,
             "chunk_tokens": self.chunk_tokens,

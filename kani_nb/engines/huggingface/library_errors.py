@@ -25,8 +25,10 @@ _OUT_OF_MEMORY = (
     "defaultcpuallocator",
     "bad_alloc",
 )
-#: Who logs how a load went, in transformers 5.15 to 5.23.
-_REPORTING = ("transformers.modeling_utils", "transformers.utils.loading_report")
+#: Who logs how a load went, in transformers 5.15 to 5.23 and accelerate 1.14 and 1.15.
+_REPORTING = ("transformers.modeling_utils", "transformers.utils.loading_report", "accelerate.big_modeling")
+#: Parts of what they log that is not shown: pages with tracebacks; and what was offloaded, which the engine says.
+_NOT_SHOWN = ("LOAD REPORT", "parameters are on the meta device because they were offloaded")
 
 
 @contextlib.contextmanager
@@ -71,16 +73,16 @@ def translated(name: str, where: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept_report(report: list[str]) -> Iterator[None]:
-    """Put what transformers logs about a load, pages with tracebacks in them, into `report` instead of showing it.
+    """Put what the libraries log about a load into `report` instead of showing it.
 
     What goes wrong while weights are converted (quantized, for one) stands only there; the error that follows does not
     say it.
     """
 
     def keep(record: logging.LogRecord) -> bool:
-        is_report = "LOAD REPORT" in (text := str(record.msg))
+        is_report = any(each in str(record.msg) for each in _NOT_SHOWN)
         if is_report:
-            report.append(text)
+            report.append(str(record.msg))
         return not is_report
 
     loggers = [logging.getLogger(each) for each in _REPORTING]

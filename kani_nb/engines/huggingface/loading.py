@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kani_nb.engines.base import LoadProgress, ProgressCallback
 from kani_nb.engines.huggingface.arguments import LoadRequest
@@ -25,6 +25,9 @@ from kani_nb.hardware.prompt_chunks import chunk_size
 from kani_nb.hardware.schemes import DEFAULT_GROUP_SIZE
 from kani_nb.hardware.shape_reading import BUILDING
 from kani_nb.hardware.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from kani_nb.engines.huggingface.driving import Driving
 
 #: transformers changes attributes of its own classes while it loads, and puts them back: two loads at once, and every
 #: model that is loaded later may be wrong. So a process loads one at a time, an abandoned load included.
@@ -110,35 +113,78 @@ def load_model(
     progress: ProgressCallback,
     cancelled: threading.Event,
     shape: ModelShape | None = None,
+    driving: Driving | None = None,
 ) -> LoadedModel:
-    """The model, in place and ready. Called within `one_at_a_time`.
+    """The model, in place and ready. While this thread waits for another process, other threads may load.
+
+    Args:
+        request: what to load.
+        tokenizer: the model's.
+        tokenizer_lock: entered for every use of it.
+        progress: told of each step.
+        cancelled: ends it at the next step.
+        shape: what the model is made of, where that has been read before.
+        driving: how its forward is called, where that has been found out before; the model is then not run.
 
     Raises:
         ModelFilesError, ModelUnavailableError, OutOfMemoryError, MissingDependencyError, ConfigError: as their names
         say.
     """
+    from kani_nb.engines.huggingface.placing import choose_placing
+
+    config = load_config(request)
+    context = context_of(config, request.max_context_size, request.name)
+    with one_at_a_time(request.name, cancelled):
+        placing = choose_placing(request, config, shape=shape)
+        obstacle = _why_no_copy(request, placing)
+        if obstacle is not None:
+            progress(LoadProgress("weights", f"{request.name}, {placing.words}"))
+            found = _FromFiles(request, placing, obstacle)
+            return _loaded(found, tokenizer, tokenizer_lock, context, cancelled, driving)
+    found = _copied(request, placing, tokenizer, progress, cancelled)
+    with one_at_a_time(request.name, cancelled):
+        progress(LoadProgress("weights", f"{request.name}, {placing.words}, quantized before"))
+        return _loaded(found, tokenizer, tokenizer_lock, context, cancelled, driving)
+
+
+@dataclass(frozen=True, slots=True)
+class _FromFiles:
+    """What is read, where it goes, and what there is to say about it."""
+
+    request: LoadRequest
+    placing: Placing
+    note: str = ""
+
+
+def _loaded(
+    found: _FromFiles,
+    tokenizer: Any,
+    tokenizer_lock: contextlib.AbstractContextManager[Any],
+    context: int,
+    cancelled: threading.Event,
+    driving: Driving | None,
+) -> LoadedModel:
+    """The model that the files hold, ready. Called within `one_at_a_time`."""
     import torch
 
     from kani_nb.engines.huggingface.driving import find_driving
     from kani_nb.engines.huggingface.footprint import storage_bytes
-    from kani_nb.engines.huggingface.placing import choose_placing
     from kani_nb.hardware.devices import choose_threads
 
-    config = load_config(request)
-    context = context_of(config, request.max_context_size, request.name)
-    placing = choose_placing(request, config, shape=shape)
+    request, placing = found.request, found.placing
     threads = request.threads
     if placing.device.startswith("cpu"):
         threads = threads or choose_threads().threads
         torch.set_num_threads(threads)
     with translated(request.name, request.files), quiet():
-        model, notes = _weights(request, placing, tokenizer, progress, cancelled)
+        model, notes = _from_files(request, placing)
         if cancelled.is_set():
             raise _interrupted(request.name)
-        driving = find_driving(model, placing.device)
+        driving = driving or find_driving(model, placing.device)
     free_memory()  # what quantizing left behind
     shape = placing.shape
     parameters = shape.parameters if shape is not None else sum(each.numel() for each in model.parameters())
+    assert request.folder is not None
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -152,34 +198,59 @@ def load_model(
         dtype=str(model.dtype).removeprefix("torch."),
         held_bytes=storage_bytes(model),
         origin=request.origin,
+        folder=request.folder,
         threads=threads,
         driving=driving,
-        placing=replace(placing, notes=placing.notes + notes),
+        placing=replace(placing, notes=tuple(filter(None, (*placing.notes, *notes, found.note)))),
     )
 
 
-def _weights(
+def _why_no_copy(request: LoadRequest, placing: Placing) -> str | None:
+    """None where the model is loaded from a quantized copy of it; else what there is to say of loading it directly."""
+    if placing.is_prequantized or placing.quantization_config is None or request.foreign_config is not None:
+        is_useless = request.cache_quantized and request.foreign_config is None
+        return "--cache-quantized has nothing to do: nothing is quantized while it is loaded" if is_useless else ""
+    if placing.quantization.scheme == "gptq":
+        return None
+    if not request.cache_quantized:
+        return _OFFER if placing.is_bitsandbytes else ""
+    if placing.is_bitsandbytes and placing.has_parts_aside:
+        return "no quantized copy is kept: the parts of it on the CPU or the disk are not quantized"
+    return None
+
+
+def _copied(
     request: LoadRequest, placing: Placing, tokenizer: Any, progress: ProgressCallback, cancelled: threading.Event
-) -> tuple[Any, tuple[str, ...]]:
-    """The model in evaluation mode, from the quantized copy where one is kept, and what there is to say about it."""
-    is_fitted = placing.quantization.scheme == "gptq" and not placing.is_prequantized
-    if not (is_fitted or request.cache_quantized) or placing.quantization_config is None or request.foreign_config:
-        progress(LoadProgress("weights", f"{request.name}, {placing.words}"))
-        model, notes = _from_files(request, placing)
-        return model, (*notes, *((_OFFER,) if placing.is_bitsandbytes and not placing.is_prequantized else ()))
+) -> _FromFiles:
+    """The quantized copy of a model, made now if need be; one process makes it, and others wait for it."""
     from kani_nb.engines.huggingface.quantized_cache import copy_key, find_copy, keep_copy
 
+    def waiting(seconds: float) -> None:
+        if cancelled.is_set():
+            raise _interrupted(request.name)
+        progress(LoadProgress("waiting", f"for another process that quantizes {request.name}, {seconds:.0f} s so far"))
+
     assert request.folder is not None
-    key = copy_key(request.folder, placing.quantization, placing.dtype, name=request.name, device=placing.device)
+    key = copy_key(
+        request.folder,
+        placing.quantization,
+        placing.dtype,
+        name=request.name,
+        device=placing.device,
+        model_cls=request.model_cls,
+    )
     note = f"from the quantized copy in {key.folder}"
     if find_copy(key) is None:
         progress(LoadProgress("weights", f"{request.name}, {placing.words}, quantizing once"))
-        keep_copy(key, lambda folder: _make_copy(request, placing, tokenizer, folder, progress, cancelled))
+        with translated(request.name, request.files), quiet():
+            keep_copy(
+                key,
+                lambda folder: _make_copy(request, placing, tokenizer, folder, progress, cancelled),
+                waiting=waiting,
+            )
         free_memory()
         note = f"a quantized copy is kept in {key.folder}"
-    progress(LoadProgress("weights", f"{request.name}, {placing.words}, quantized before"))
-    model, notes = _from_files(replace(request, folder=key.folder), replace(placing, quantization_config=None))
-    return model, (*notes, note)
+    return _FromFiles(replace(request, folder=key.folder), replace(placing, quantization_config=None), note)
 
 
 def _make_copy(
@@ -200,7 +271,8 @@ def _make_copy(
         return
     from kani_nb.engines.huggingface.saving import save_model
 
-    save_model(_from_files(request, placing)[0], tokenizer, folder, source=request.folder)
+    with one_at_a_time(request.name, cancelled):
+        save_model(_from_files(request, placing)[0], tokenizer, folder, source=request.folder)
 
 
 def _from_files(request: LoadRequest, placing: Placing) -> tuple[Any, tuple[str, ...]]:
@@ -228,10 +300,10 @@ def load_again(request: LoadRequest, loaded: LoadedModel) -> Any:
     Raises:
         DoesNotFitError, OutOfMemoryError, ModelFilesError: as their names say.
     """
-    with one_at_a_time(request.name):
-        again = load_model(
-            request, loaded.tokenizer, loaded.tokenizer_lock, lambda _: None, threading.Event(), loaded.placing.shape
-        )
+    lock, shape = loaded.tokenizer_lock, loaded.placing.shape
+    again = load_model(
+        request, loaded.tokenizer, lock, lambda _: None, threading.Event(), shape, driving=loaded.driving
+    )
     return again.model
 
 
@@ -275,6 +347,8 @@ def _load_options(request: LoadRequest, placing: Placing) -> dict[str, Any]:
         options["quantization_config"] = placing.quantization_config
     if not request.allow_pickle and request.gguf_file is None:
         options["use_safetensors"] = True
+    if placing.config is not None:
+        options["config"] = placing.config
     if placing.device_map is not None:
         options["device_map"] = placing.device_map
     if request.offload_folder is not None:

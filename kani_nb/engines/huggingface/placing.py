@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kani_nb._amounts import in_words
-from kani_nb.engines.huggingface.arguments import LoadRequest
-from kani_nb.engines.huggingface.checkpoint_packages import check_checkpoint_packages
-from kani_nb.errors import ConfigError, did_you_mean
+from kani_nb.engines.huggingface.arguments import LoadRequest, line_of
+from kani_nb.engines.huggingface.held_weights import Held, checkpoint_dtype, held_weights, without_offloading
+from kani_nb.errors import ConfigError, ModelFilesError, did_you_mean
+from kani_nb.hardware.placement import SLOW
 from kani_nb.hardware.plans import Budget, PlanRow
 from kani_nb.hardware.schemes import Scheme, find_scheme, our_schemes
 from kani_nb.hardware.shapes import ModelShape
@@ -32,7 +33,9 @@ class Placing:
         device_map: for `from_pretrained`; None where the model is simply put on `device`.
         dtype: of what is not quantized.
         quantization: what the weights are held in; a pre-quantized checkpoint's own.
+        label: what the precision is called, also where the checkpoint has it by a method without a scheme here.
         quantization_config: for `from_pretrained`; None for a pre-quantized checkpoint, whose own is taken.
+        config: for `from_pretrained`, where the checkpoint's own would be wrong.
         is_prequantized: the checkpoint was quantized before.
         row: the plan; None where the model's shape could not be read.
         shape: what the model is made of, to be passed on to the next call.
@@ -43,7 +46,9 @@ class Placing:
     device_map: Any
     dtype: str
     quantization: Quantization
+    label: str
     quantization_config: Any = None
+    config: Any = None
     is_prequantized: bool = False
     row: PlanRow | None = None
     shape: ModelShape | None = None
@@ -55,11 +60,22 @@ class Placing:
         return find_scheme(self.quantization.scheme).backend == "bitsandbytes"
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """Every place that a part of it is in, by name."""
+        if not isinstance(self.device_map, dict):
+            return (self.device,)
+        return tuple(sorted({str(each) for each in self.device_map.values()}))
+
+    @property
+    def has_parts_aside(self) -> bool:
+        """Whether a GPU computes, and the CPU or the disk holds a part."""
+        return len(self.devices) > 1 and not {"cpu", "disk"}.isdisjoint(self.devices)
+
+    @property
     def words(self) -> str:
         """The precision and the place."""
-        precision = self.dtype if self.quantization.is_none else self.quantization.label
-        devices = sorted({str(each) for each in self.device_map.values()}) if isinstance(self.device_map, dict) else []
-        return f"{precision} on {' and '.join(devices) if len(devices) > 1 else self.device}"
+        precision = self.dtype if self.label == "none" else self.label
+        return f"{precision} on {' and '.join(self.devices)}"
 
 
 def choose_placing(
@@ -82,8 +98,8 @@ def choose_placing(
         MissingDependencyError: what the scheme or the checkpoint needs is not installed.
         DoesNotFitError: it needs more memory than there is, with the numbers and two remedies.
     """
-    held, is_prequantized = _what_it_is_held_in(request, config)
-    scheme = find_scheme(held.scheme)
+    held = held_weights(request, config)
+    scheme = find_scheme(held.settings.scheme)
     if scheme.engine != "hf":
         raise ConfigError(
             f"{scheme.name} is a type of GGUF files",
@@ -97,73 +113,96 @@ def choose_placing(
             fix="load it without --quant, keep it with %engine save FOLDER, and load that folder with --quant",
         )
     budgets = _budgets(request, scheme, is_empty=is_empty)
-    first = _first_device(request, budgets)
-    _check_runs(scheme, first)
-    notes: list[str] = []
-    dtype = _dtype(request, config, first, scheme, notes)
-    settings = _settings_on(held, first, notes)
-    from kani_nb.hardware.arithmetic import sparing_tied_head
-
     shape = shape or _shape(config, request)
-    row = None
-    device_map: Any = request.device_map
-    if shape is not None:
-        _check_modules(shape, settings, request)
-        settings = sparing_tied_head(shape, settings, scheme)
-        row = _planned(shape, settings, dtype, budgets, request)
-        device_map = row.device_map if len(set(row.device_map.values())) > 1 else None
-    device = first.name
-    if row is not None and row.device_map:
-        device = next(iter(row.device_map.values()))
-    if device_map is None and not device.startswith("cpu"):
-        device_map = {"": device}
-    wanted = None
-    if not is_prequantized:
+    first = _first_device(request, budgets)
+    precision, row = _fitted((first,), held, scheme, budgets, shape, request, config)
+    if row is not None:  # it may take more devices than the first
+        used = [each for each in budgets if each.name in row.device_map.values() and each.kind not in SLOW]
+        if any(each != first for each in used):
+            precision, row = _fitted(used, held, scheme, budgets, shape, request, config)
+    settings, dtype = precision.settings, precision.dtype
+    device, device_map = _places(request, first, shape, row)
+    wanted, own_config = None, None
+    if not held.is_prequantized:
         wanted = request.foreign_config
         if scheme.transformers_config is not None and not settings.is_none:
             wanted = scheme.transformers_config(_checked_for_map(settings, scheme, device_map), dtype)
+    elif scheme.backend == "bitsandbytes":
+        own_config = without_offloading(config, request.name, device_map)
+    label = settings.label if held.label is None else held.label
     return Placing(
         device="cpu" if device == "disk" else device,
         device_map=device_map,
         dtype=dtype,
         quantization=settings,
+        label="none" if held.is_prequantized and row is not None and row.settings.is_none else label,
         quantization_config=wanted,
-        is_prequantized=is_prequantized,
+        config=own_config,
+        is_prequantized=held.is_prequantized,
         row=row,
         shape=shape,
-        notes=tuple(dict.fromkeys((*notes, *(row.notes if row is not None else ())))),
+        notes=tuple(dict.fromkeys((*precision.notes, *(row.notes if row is not None else ())))),
     )
 
 
-def _what_it_is_held_in(request: LoadRequest, config: Any) -> tuple[Quantization, bool]:
-    """The scheme and settings of the weights once loaded, and whether the checkpoint has them already."""
-    from kani_nb.hardware.checkpoint_schemes import settings_of_checkpoint
+@dataclass(frozen=True, slots=True)
+class _Precision:
+    """The settings and the dtype for the devices that compute, and what was decided about them."""
 
-    own = getattr(config, "quantization_config", None)
-    if own is None or request.gguf_file is not None:
-        return request.quantization, False
-    own = own if isinstance(own, dict) else own.to_dict()
-    settings, _ = settings_of_checkpoint(own)
-    method = settings.label if settings is not None else str(own.get("quant_method", "an unknown method"))
-    asked = request.quantization
-    if request.foreign_config is not None or not (asked.is_none or _agrees(asked, settings)):
-        wanted = asked.label if request.foreign_config is None else type(request.foreign_config).__name__
-        raise ConfigError(
-            f"{request.name} is quantized already, with {method}",
-            why=f"it cannot be quantized again, with {wanted}",
-            fix="load it as it is, without --quant, or load the model that it was made from",
-        )
-    check_checkpoint_packages(request.name, str(own.get("quant_method", "")))
-    if settings is not None and settings.compute_dtype == _checkpoint_dtype(request, config):
-        settings = replace(settings, compute_dtype="auto")  # which is the same, and not worth a word
-    return settings or Quantization(), True
+    settings: Quantization
+    dtype: str
+    notes: tuple[str, ...]
 
 
-def _agrees(asked: Quantization, own: Quantization | None) -> bool:
-    """Whether what was asked for is what the checkpoint has, as far as that was said."""
-    if own is None or asked.scheme != own.scheme:
-        return False
-    return all(getattr(own, name) == value for name, value in asked.given.items())
+def _fitted(
+    used: Sequence[Budget],
+    held: Held,
+    scheme: Scheme,
+    budgets: tuple[Budget, ...],
+    shape: ModelShape | None,
+    request: LoadRequest,
+    config: Any,
+) -> tuple[_Precision, PlanRow | None]:
+    """The precision that all of `used` can compute in, and the plan with it."""
+    from kani_nb.hardware.arithmetic import sparing_tied_head
+
+    for each in used:
+        _check_runs(scheme, each)
+    least = min(used, key=lambda each: each.compute_capability or (99, 0))
+    notes: list[str] = []
+    dtype = _dtype(request, config, least, scheme, notes)
+    settings = _settings_on(held.settings, least, notes)
+    row = None
+    if shape is not None:
+        _check_modules(shape, settings, request)
+        settings = sparing_tied_head(shape, settings, scheme)
+        row = _planned(shape, settings, dtype, budgets, request)
+    return _Precision(settings, dtype, tuple(notes)), row
+
+
+def _places(
+    request: LoadRequest, first: Budget, shape: ModelShape | None, row: PlanRow | None
+) -> tuple[str, str | dict[str, str] | None]:
+    """The device that the input goes to, and the device map for `from_pretrained`.
+
+    Raises:
+        ConfigError: nothing is known of the model's parts, and what was asked for needs that.
+    """
+    from kani_nb.hardware.placement import device_of
+
+    if shape is None or row is None or not row.device_map:
+        asked = request.device_map if isinstance(request.device_map, dict) else None
+        if request.max_memory is not None or (asked is not None and len(set(asked.values())) > 1):
+            raise ConfigError(
+                f"max_memory and device maps cannot be kept with {request.name}",
+                why="its class cannot be built without its weights, so its parts are not known",
+                fix=f"leave them out: it then goes to {first.name} as a whole",
+            )
+        return first.name, None if first.name == "cpu" else {"": first.name}
+    if len(set(row.device_map.values())) > 1 or "disk" in row.device_map.values():
+        return device_of(shape.blocks[0], row.device_map) or first.name, row.device_map
+    device = next(iter(row.device_map.values()))
+    return device, None if device == "cpu" else {"": device}
 
 
 def _checked_for_map(settings: Quantization, scheme: Scheme, device_map: Any) -> Quantization:
@@ -177,11 +216,17 @@ def _checked_for_map(settings: Quantization, scheme: Scheme, device_map: Any) ->
     places = {str(each) for each in device_map.values()} if isinstance(device_map, dict) else {"cpu"}
     is_off_gpu = places <= {"cpu", "disk"}
     if is_off_gpu and (settings.llm_int8_enable_fp32_cpu_offload or "disk" in places):
-        asked = "llm_int8_enable_fp32_cpu_offload" if settings.llm_int8_enable_fp32_cpu_offload else "the disk"
+        where = " and ".join(sorted(places))
+        if "disk" in places:
+            raise ConfigError(
+                f"{scheme.name} cannot be put on {where}",
+                why="bitsandbytes keeps nothing on the disk but beside a GPU, and unquantized",
+                fix="put all of it on the CPU",
+            )
         raise ConfigError(
-            f"{scheme.name} with {asked} on {' and '.join(sorted(places))} alone",
+            f"{scheme.name} with llm_int8_enable_fp32_cpu_offload on {where} alone",
             why="what is offloaded is not quantized, and that would be the whole model",
-            fix="leave it out: the scheme runs on a CPU without offloading",
+            fix="leave llm_int8_enable_fp32_cpu_offload out: the scheme runs on a CPU without it",
         )
     if not is_off_gpu and places & {"cpu", "disk"}:
         return replace(settings, llm_int8_enable_fp32_cpu_offload=True)
@@ -208,12 +253,12 @@ def _first_device(request: LoadRequest, budgets: Iterable[Budget]) -> Budget:
     Raises:
         ConfigError: it is not there.
     """
-    from kani_nb.hardware.placement import device_name
+    from kani_nb.hardware.placement import STRATEGIES, device_name, there_is
 
     known = {each.name: each for each in budgets}
     named = request.device
-    if named is None and isinstance(request.device_map, str | int):
-        named = None if request.device_map in ("auto", "balanced", "sequential") else str(request.device_map)
+    if named is None and isinstance(request.device_map, str | int) and request.device_map not in STRATEGIES:
+        named = there_is(request.device_map, known)
     if named is None and isinstance(request.device_map, dict):
         places = [device_name(each) for each in request.device_map.values()]
         named = next((each for each in places if each not in ("cpu", "disk")), "cpu")
@@ -222,7 +267,12 @@ def _first_device(request: LoadRequest, budgets: Iterable[Budget]) -> Budget:
         return max(best, key=lambda each: each.usable_bytes) if best else known["cpu"]
     named = device_name(named)
     if named not in known:
-        raise ConfigError(f"there is no device {named!r} here", why=f"torch sees {', '.join(known)}")
+        import torch
+
+        sees = [each for each in known if each != "disk"]
+        lacks = f", and torch {torch.__version__} is built without CUDA" if torch.version.cuda is None else ""
+        why = f"torch sees {', '.join(sees)}{lacks if named.startswith('cuda') else ''}"
+        raise ConfigError(f"there is no device {named!r} here", why=why, fix=f"--device {sees[0]}, or none")
     return known[named]
 
 
@@ -230,28 +280,16 @@ def _dtype(request: LoadRequest, config: Any, budget: Budget, scheme: Scheme, no
     """The dtype of what is not quantized, one that the device can compute in."""
     from kani_nb.hardware.precision import choose_dtype
 
-    checkpoint = _checkpoint_dtype(request, config)
+    checkpoint = checkpoint_dtype(request, config)
     choice = choose_dtype(request.dtype, checkpoint, budget.kind, budget.compute_capability, scheme)
     if choice.reason:
         notes.append(choice.reason)
-    return choice.dtype
-
-
-def _checkpoint_dtype(request: LoadRequest, config: Any) -> str | None:
-    """What the configuration says, or else what most of the first file's weights are; None where neither is known."""
-    named = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
-    if named is not None or request.gguf_file is not None or request.folder is None:
-        return None if named is None else str(named).removeprefix("torch.")
-    from collections import Counter
-
-    from safetensors import safe_open
-
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    for path in sorted(request.folder.glob("*.safetensors")):
-        with safe_open(str(path), "pt") as file:
-            found = Counter(file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118 - it is no dict
-        return names.get(found.most_common(1)[0][0]) if found else None
-    return None
+    if choice.dtype != "auto" or scheme.transformers_config is None:
+        return choice.dtype
+    # Quantizers must be told; a CPU and newer cards have bfloat16.
+    halved = choose_dtype("bfloat16", None, budget.kind, budget.compute_capability, scheme).dtype
+    notes.append(f"the checkpoint does not say in what dtype it is, so {halved} is taken for what is not quantized")
+    return halved
 
 
 def _settings_on(held: Quantization, budget: Budget, notes: list[str]) -> Quantization:
@@ -288,12 +326,19 @@ def _check_runs(scheme: Scheme, budget: Budget) -> None:
 
 
 def _shape(config: Any, request: LoadRequest) -> ModelShape | None:
-    """What the model is made of; None where only its own code could say."""
+    """What the model is made of; None where a class of the user's or the repository's cannot be built without weights.
+
+    Raises:
+        ModelFilesError, ConfigError: transformers does not know the architecture, or its code must be trusted first.
+    """
     from kani_nb.hardware.shape_reading import shape_of
 
-    if request.model_cls is not None or getattr(config, "auto_map", None):
+    try:
+        return shape_of(config, request.name, request.model_cls, trust_remote_code=request.trust_remote_code)
+    except ModelFilesError:
+        if request.model_cls is None and not getattr(config, "auto_map", None):
+            raise
         return None
-    return shape_of(config, request.name)
 
 
 def _check_modules(shape: ModelShape, settings: Quantization, request: LoadRequest) -> None:
@@ -302,7 +347,9 @@ def _check_modules(shape: ModelShape, settings: Quantization, request: LoadReque
 
     modules = list(dict.fromkeys(each.module for each in shape.tensors))
     if wrong := unmatched(shape, settings.llm_int8_skip_modules or ()):
-        tail = list(dict.fromkeys(each.rpartition(".")[2] for each in modules))
+        # A tied head holds nothing of its own, and can be named all the same.
+        tail = list(dict.fromkeys(each.rpartition(".")[2] for each in (*modules, *shape.blocks, shape.head or "")))
+        tail = [each for each in tail if each and not each.isdigit()]
         raise ConfigError(
             f"llm_int8_skip_modules names {wrong[0]!r}",
             why=f"no module of {request.name} is matched by it (from its start, or at its end)",
@@ -330,6 +377,7 @@ def _planned(
         "dtype": dtype,
         "device_map": request.device if request.device is not None else request.device_map,
         "allow_offload": request.allow_offload,
+        "line": line_of(request),
     }
     row = plan_row(shape, settings, name=request.name, budgets=budgets, **asked)
     may_offload = request.allow_offload or isinstance(request.device_map, dict)

@@ -72,7 +72,7 @@ def copies_folder() -> Path:
 
 
 def copy_key(
-    folder: Path, settings: Quantization, dtype: str, *, name: str, gguf_file: str | None = None, device: str = "cpu"
+    folder: Path, settings: Quantization, dtype: str, *, name: str, device: str = "cpu", model_cls: type | None = None
 ) -> CopyKey:
     """What a copy of the model in `folder` would be known by; reads no weights.
 
@@ -81,12 +81,13 @@ def copy_key(
         settings: the scheme and its settings.
         dtype: the name of the dtype that the rest of the weights is held in.
         name: of the model, for people.
-        gguf_file: the file in `folder`, where the model is one.
         device: the kind of device that quantizes; kernels of another one may round differently.
+        model_cls: that loads it, instead of the usual one.
     """
     record = {
         "format": _FORMAT,
-        "source": _source(folder, gguf_file),
+        "source": _source(folder),
+        "model_cls": None if model_cls is None else f"{model_cls.__module__}.{model_cls.__qualname__}",
         "settings": asdict(settings),
         "dtype": dtype,
         "device": device.partition(":")[0],
@@ -170,13 +171,12 @@ def delete_copy(copy: QuantizedCopy | Path | str) -> int:
     return found.size_bytes
 
 
-def _source(folder: Path, gguf_file: str | None) -> object:
+def _source(folder: Path) -> object:
     """What names the files of a model: the Hub's commit, or where they are, how large, and when they were written."""
     folder = folder.absolute()
-    if gguf_file is None and folder.parent.name == "snapshots":
+    if folder.parent.name == "snapshots":
         return [folder.parent.parent.name, folder.name]
-    patterns = _SOURCES if gguf_file is None else (gguf_file,)
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    files = sorted({path for pattern in _SOURCES for path in folder.glob(pattern) if path.is_file()})
     return [str(folder), [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
 
 

@@ -11,22 +11,25 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import os
 import shutil
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from kani_nb.engines.base import LoadProgress, ProgressCallback
+from kani_nb.engines.hub_http import HubToken
 from kani_nb.engines.huggingface import saving_checks
 from kani_nb.engines.huggingface.footprint import storage_bytes
 from kani_nb.engines.huggingface.four_bit_packing import LostWeight, exact_state_dict, lost_weights
 from kani_nb.engines.huggingface.hub_push import push_folder, require_push
 from kani_nb.engines.huggingface.library_errors import free_memory, is_out_of_memory, out_of_memory, quiet, short
-from kani_nb.engines.huggingface.staging import check_empty, folder_bytes, require_space, staged_folder
-from kani_nb.engines.sources_cache import cache_folder, human_bytes, is_disk_full
+from kani_nb.engines.huggingface.staging import check_empty, require_space, staged_folder
+from kani_nb.engines.sources_cache import cache_folder, is_disk_full
 from kani_nb.engines.sources_checks import check_weights
 from kani_nb.engines.wheel_model import STAMP, read_stamp
 from kani_nb.errors import EngineError, KaniNbError
@@ -73,37 +76,67 @@ def save_model(
     return target
 
 
-def push_model(
+@dataclass(frozen=True, slots=True)
+class ReadyPush:
+    """A model written for the Hub, which is no longer needed in memory: `send` it, or `discard` it.
+
+    Attributes:
+        folder: what is pushed.
+        repo_id: where it goes.
+        scheme: what the weights are held in.
+    """
+
+    folder: Path
+    repo_id: str
+    scheme: str
+    _access: HubToken
+
+    def send(self, private: bool | None = None, commit_message: str | None = None) -> str:
+        """Push the folder as one commit, and give the repository's address; the folder is then removed. Blocks.
+
+        The repository is made when it is not there; what is in it keeps its history.
+
+        Raises:
+            GatedModelError: the token may not write there.
+            UnknownModelError: there is no such user or organization.
+            ModelUnavailableError: the Hub does not answer.
+        """
+        message = commit_message or f"Upload {self.scheme} weights with kani_nb"
+        try:
+            return push_folder(self.folder, self.repo_id, self._access, private=private, commit_message=message)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def prepare_push(
     model: Any,
     tokenizer: Any,
     repo_id: str,
     *,
     token: str | None = None,
-    private: bool | None = None,
-    commit_message: str | None = None,
     source: Path | None = None,
     reload: Reload | None = None,
     weights_changed: bool = False,
     progress: ProgressCallback | None = None,
-) -> str:
-    """Save the model in a temporary folder, push that to the Hub as one commit, and give the repository's address.
+) -> ReadyPush:
+    """Save the model in a folder of our cache, to be pushed from there. Blocks.
 
-    The repository is made when it is not there; what is in it keeps its history. Blocks. Other arguments, and further
-    errors, as in `save_model`.
+    Other arguments, and further errors, as in `save_model`. Folders that a killed process left are removed.
 
     Raises:
         ConfigError: no token, or no such name can be.
-        GatedModelError: the token may not write there.
+        GatedModelError: the token is none of the Hub's.
         ModelUnavailableError: offline, or the Hub does not answer.
     """
     access = require_push(repo_id, token)
-    with _scratch_folder() as scratch:
-        target = scratch / "model"
-        lost = _check(model, target, source=source, reload=reload, weights_changed=weights_changed)
-        _write_folder(model, tokenizer, target, source, reload if lost else None, lost, progress, is_public=True)
-        _tell(progress, "pushing", f"{human_bytes(folder_bytes(target))} to {repo_id}")
-        message = commit_message or f"Upload {saving_checks.scheme_of(model)} weights with kani_nb"
-        return push_folder(target, repo_id, access, private=private, commit_message=message)
+    target = _folder_of_push()
+    lost = _check(model, target, source=source, reload=reload, weights_changed=weights_changed)
+    _write_folder(model, tokenizer, target, source, reload if lost else None, lost, progress, is_public=True)
+    return ReadyPush(target, repo_id, saving_checks.scheme_of(model), access)
 
 
 def _check(
@@ -303,13 +336,17 @@ def _version(name: str) -> str | None:
         return None
 
 
-@contextlib.contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """A folder in our cache for one push, removed after it; a folder for temporary files may lie in memory."""
+def _folder_of_push() -> Path:
+    """Where one push is written: in our cache, since a folder for temporary files may lie in memory."""
+    import psutil
+
     parent = cache_folder() / "pushes"
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True) as name:
-        yield Path(name)
+    for left in parent.iterdir():
+        process = left.name.lstrip(".").partition("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    return parent / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 @contextlib.contextmanager

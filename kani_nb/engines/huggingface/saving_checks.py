@@ -58,6 +58,13 @@ def check_savable(model: Any) -> None:
             f"transformers cannot save weights quantized by {scheme_of(model)}",
             fix="keep the folder that it was loaded from",
         )
+    places = {str(each) for each in (getattr(model, "hf_device_map", None) or {}).values()}
+    if scheme_of(model).startswith(("int8", "nf4", "fp4")) and len(places) > 1 and places & {"cpu", "disk"}:
+        raise EngineError(
+            f"{scheme_of(model)} weights with parts on {' and '.join(sorted(places & {'cpu', 'disk'}))}",
+            why="those parts are not quantized, which the folder could not say",
+            fix="load the model where all of it is quantized (a larger card, or --device cpu), and save it there",
+        )
     if quantization_settings(model).get("llm_int8_has_fp16_weight"):
         raise EngineError(
             "int8 with llm_int8_has_fp16_weight keeps the weights in 16 bits",
