@@ -52,7 +52,7 @@ def convert_gptq_checkpoint(
         ConfigError: it has another group size or other bits; or a folder cannot be used.
         EngineError: the disk is full.
     """
-    from kani_nb.engines.huggingface.staging import check_empty, staged_folder
+    from kani_nb.engines.staging import check_empty, staged_folder
 
     path, model, out = (Path(each).expanduser() for each in (file, model_folder, out_folder))
     check_settings(group_size, bits)

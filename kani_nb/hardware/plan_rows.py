@@ -14,7 +14,14 @@ from functools import cached_property
 from kani_nb._amounts import in_words
 from kani_nb.config import EngineConfig
 from kani_nb.errors import KaniNbError
-from kani_nb.hardware.arithmetic import disk_bytes, host_bytes, kv_bytes, kv_bytes_per_token, working_bytes
+from kani_nb.hardware.arithmetic import (
+    disk_bytes,
+    host_bytes,
+    kv_bytes,
+    kv_bytes_per_token,
+    odd_shapes,
+    working_bytes,
+)
 from kani_nb.hardware.budgets import PROCESS_BYTES
 from kani_nb.hardware.checkpoint_packages import check_checkpoint_packages
 from kani_nb.hardware.checkpoint_schemes import checkpoint_of
@@ -237,7 +244,9 @@ class _Case:
         """
         places, told = set(placement.device_map.values()), self.question.device_map
         is_aside = "disk" in places or (len(places) > 1 and not places.isdisjoint(SLOW))
-        if isinstance(told, dict) and not (is_aside and "" in told):
+        # A head that is tied is where its embedding is, and from the disk it would not be found.
+        is_tied_apart = isinstance(told, dict) and "disk" in set(told.values()) - places
+        if isinstance(told, dict) and not (is_aside and "" in told) and not is_tied_apart:
             return dict(told)
         return {"": places.pop()} if len(places) == 1 and not is_aside else placement.device_map
 
@@ -246,6 +255,11 @@ class _Case:
         if self.question.allow_offload and not self.can_offload:
             notes.append(
                 f"{self.scheme.name} cannot be kept aside on {'the disk' if self.kind == 'cpu' else 'the CPU'}"
+            )
+        odd = odd_shapes(self.costing.shape, self.settings, self.scheme) if self.kind == "cpu" else []
+        if odd and self.scheme.backend == "bitsandbytes":
+            notes.append(
+                f"{len(odd)} layers have shapes that the fast 4-bit product cannot take; they use the general one"
             )
         if self.scheme.engine != "hf":
             notes.append(f"load a .gguf file of {self.question.name or 'the model'} that has {self.scheme.name}")

@@ -63,6 +63,9 @@ class EngineVerbs:
                 ),
                 Verb("save FOLDER", "keep the loaded model, quantized as it is, to load it from there", self._save),
                 Verb("push ORG/NAME", "put the loaded model into a repository of the Hub", self._push, parses=True),
+                Verb(
+                    "copies [--delete NAME]", "quantized copies that --cache-quantized keeps", self._copies, parses=True
+                ),
                 Verb("prefetch MODEL", "download a model without loading it", self._prefetch, parses=True),
             ],
             examples=["%engine plan qwen3-4b", "%engine use second", "%engine save ./smollm2-nf4"],
@@ -173,6 +176,26 @@ class EngineVerbs:
         # A bare name could be an alias, or a repository's.
         named = folder if folder.is_absolute() or folder.parts[:1] == ("..",) else f"./{folder}"
         print_text(f"Saved, {in_words(bytes_)}: %load_engine {shlex.quote(str(named))} loads it again as it is.")
+
+    def _copies(self, rest: str) -> None:
+        from kani_nb.engines.quantized_copies import delete_copy, list_copies
+
+        parser = LineParser(prog="%engine copies", add_help=False)
+        parser.add_argument("--delete", metavar="NAME")
+        args = parser.parse_line(rest)
+        if args.delete is not None:
+            print_text(f"{args.delete} is deleted: {in_words(delete_copy(args.delete))} freed.")
+            return
+        copies = list_copies()
+        if not copies:
+            print_text("There is no quantized copy. %load_engine MODEL --quant nf4 --cache-quantized keeps one.")
+            return
+        print_text(
+            text_table(
+                ("model", "precision", "size", "name"),
+                [(each.name, each.scheme, in_words(each.size_bytes), each.folder.name) for each in copies],
+            )
+        )
 
     def _push(self, rest: str) -> None:
         parser = LineParser(prog="%engine push", add_help=False)

@@ -85,9 +85,13 @@ def peak_memory(metrics: GenerationMetrics) -> str:
     return f"peak {in_words(metrics.peak_bytes)} ({_SOURCES.get(metrics.peak_source, metrics.peak_source)})"
 
 
+#: Less than this is a constant or two that stays in memory when all else is put on the disk.
+_SMALL_BYTES = 2**16
+
+
 def places_in_words(memory: EngineMemory) -> str:
     """What the weights take, and where: `257 MiB on cpu`, `195 MiB on cpu + 62 MiB on disk`."""
-    held = {device: count for device, count in memory.shares.items() if count > 0} or {
+    held = {device: count for device, count in memory.shares.items() if count >= _SMALL_BYTES} or {
         memory.device: memory.weight_bytes
     }
     return " + ".join(f"{in_words(count)} on {device}" for device, count in held.items())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -176,7 +177,7 @@ def _convert_gptq(args: argparse.Namespace) -> int:
     for note in (made.note, str(needs_of("gptq") or "")):
         if note:
             print(note)
-    print(f"in a notebook: %load_engine {made.folder}")
+    print(f"in a notebook: %load_engine {shlex.quote(str(made.folder))}")
     return 0
 
 

@@ -257,7 +257,7 @@ def test_the_command_in_the_refusal_of_a_single_file_converts_it(model, tmp_path
     assert command[0] == "kani-nb"
     assert main(command[1:]) == 0
     assert_same_weights(Path("my llama 4bit"), old)
-    assert capsys.readouterr().out.splitlines()[-1] == "%load_engine my llama 4bit"
+    assert capsys.readouterr().out.splitlines()[-1] == "in a notebook: %load_engine 'my llama 4bit'"
     assert main(command[1:]) == 2
     assert "is not empty" in capsys.readouterr().err
 

@@ -86,6 +86,19 @@ async def test_a_model_that_does_not_fit_runs_from_the_disk_when_asked_to_and_sa
     await engine.close()
 
 
+@pytest.mark.parametrize(
+    "device_map", [{"": "disk"}, {"model.layers": "disk", "": "cpu"}, {"": "cpu", "lm_head": "disk"}]
+)
+async def test_what_a_map_puts_on_the_disk_answers_from_there(tmp_path, device_map):
+    asked = [ChatMessage.user("the quick brown fox")]
+    folder = make_model(tmp_path, tie_word_embeddings=True)
+    plain, engine = engine_of(folder), engine_of(folder, device_map=device_map)
+    assert (await answer(engine, asked)).message.text == (await answer(plain, asked)).message.text
+    assert engine.memory().weight_bytes == engine.details()["planned_weight_bytes"] == plain.memory().weight_bytes
+    for each in (plain, engine):
+        await each.close()
+
+
 def test_an_offload_folder_that_cannot_be_written_to_or_is_too_small_is_refused(smollm2, tmp_path, monkeypatch):
     import shutil
 
@@ -181,6 +194,9 @@ async def test_layers_of_odd_shapes_run_in_four_bits_by_the_general_product(tmp_
     for scheme in ("nf4", "fp4"):
         engine = engine_of(folder, quantization=scheme, double_quant=True, dtype="bfloat16")
         assert (await answer(engine, [ChatMessage.user("the quick brown fox")])).completion_tokens
+        notes = engine.details()["notes"]
+        assert "layers have shapes that" in notes
+        assert notes.count("general") == 1
         await engine.close()
 
 

@@ -296,7 +296,7 @@ def test_a_full_disk_leaves_nothing(is_there, source, tokenizer, tmp_path, small
 
 
 def test_too_little_space_is_said_before_anything_is_written(source, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("kani_nb.engines.huggingface.staging.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("kani_nb.engines.staging.free_bytes", lambda folder: 1000)
     with pytest.raises(EngineError, match=r"needs .* kB: 1.0 kB are free"):
         saving.save_model(load(source), tokenizer, tmp_path / "ours")
     assert not any(tmp_path.iterdir())
@@ -352,6 +352,34 @@ async def test_a_real_model_answers_from_its_folder_as_before(scheme, smollm2, t
     assert torch.equal(logits(again.model), expected)
     assert (await answer(again, prompt)).message.text == text
     await again.close()
+
+
+async def test_a_model_that_is_tried_at_its_load_is_saved_as_its_files_have_it(tmp_path):
+    """One that is not plain attention is run when it is loaded; the copy that is saved of it is not."""
+    import torch
+    from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Lfm2Config(
+        **sizes,
+        vocab_size=400,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        layer_types=["conv", "full_attention"],
+        block_auto_adjust_ff_dim=False,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    Lfm2ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "hybrid")
+    make_tokenizer().save_pretrained(tmp_path / "hybrid")
+    engine = engine_of(tmp_path / "hybrid", dtype="bfloat16", quantization="nf4", double_quant=True)
+    await engine.load()
+    folder = await engine.save(tmp_path / "ours")
+    fresh = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hybrid", quantization_config=four_bit(double_quant=True), dtype="bfloat16"
+    )
+    assert_same_tensors(folder, file_of(fresh, tmp_path / "theirs"))
+    await engine.close()
 
 
 @pytest.mark.gpu

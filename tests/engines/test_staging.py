@@ -6,9 +6,10 @@ import stat
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
-from kani_nb.engines.huggingface.staging import staged_folder
+from kani_nb.engines.staging import staged_folder
 from kani_nb.errors import ConfigError
 
 
@@ -71,10 +72,14 @@ def test_what_a_killed_process_left_is_removed_and_that_of_a_living_one_is_not(w
     killed = subprocess.Popen(["true"])
     killed.wait()
     host = socket.gethostname().replace(".", "_")
-    leftover = folder / f".saving-{host}-{killed.pid}" if was_there else tmp_path / f".ne[w].saving-{host}-{killed.pid}"
-    leftover.mkdir()
-    (leftover / "model.safetensors").write_text("half")
-    living = tmp_path / f".ne[w].saving-{host}-{os.getppid()}"
+    place, mark = (folder, ".saving") if was_there else (tmp_path, ".ne[w].saving")
+    # One of a process that is no more, and one of an earlier process that had this one's number.
+    for process in (f"{killed.pid}-1760000000", f"{os.getpid()}-1760000000"):
+        leftover = place / f"{mark}-{host}-{process}"
+        leftover.mkdir()
+        (leftover / "model.safetensors").write_text("half")
+    parent = psutil.Process(os.getppid())
+    living = tmp_path / f".ne[w].saving-{host}-{parent.pid}-{parent.create_time():.0f}"
     living.mkdir()
     write(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "sub"]

@@ -16,7 +16,7 @@ from typing import Any
 QUESTION = "What is the capital of France?"
 
 
-def through_engine(folder: str, options: dict[str, Any]) -> dict[str, Any]:
+def through_engine(folder: str, options: dict[str, Any], save: str | None) -> dict[str, Any]:
     """As a user of this package loads it."""
     from kani_nb import ChatMessage, HuggingEngine
 
@@ -24,6 +24,8 @@ def through_engine(folder: str, options: dict[str, Any]) -> dict[str, Any]:
         engine = HuggingEngine(folder, threads=1, **options)
         completion = await engine.predict([ChatMessage.user(QUESTION)], do_sample=False, max_new_tokens=12)
         found = {"answer": completion.message.text, "weight_bytes": engine.memory().weight_bytes, **engine.details()}
+        if save is not None:
+            await engine.save(save)
         await engine.close()
         return found
 
@@ -96,7 +98,7 @@ def read(job: dict[str, Any]) -> dict[str, Any]:
 
     folder, through = job["folder"], job["through"]
     if through == "engine":
-        return through_engine(folder, job.get("options", {}))
+        return through_engine(folder, job.get("options", {}), job.get("save"))
     started = time.perf_counter()
     model = load(folder, through)
     first = next(module for name, module in model.named_modules() if name.endswith("layers.0.self_attn.q_proj"))

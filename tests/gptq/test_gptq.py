@@ -222,13 +222,18 @@ def test_groups_that_divide_the_inputs_are_left_to_the_fastest_kernel(tiny, tmp_
 def test_the_engine_fits_a_model_once_and_loads_its_copy_the_next_time(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("KANI_NB_CACHE", str(tmp_path / "cache"))
     job = {"folder": tiny, "through": "engine", "options": {"quantization": "gptq", "group_size": 64}}
-    first, second = read_all(tmp_path, job, job)
+    first, second = read_all(tmp_path, job, job | {"save": tmp_path / "saved"})
     assert "a quantized copy is kept in" in first["notes"]
     assert "from the quantized copy in" in second["notes"]
     assert first["quantization"] == second["quantization"] == "gptq"
     assert first["answer"] == second["answer"]
     whole = sum(each.nbytes for each in tensors_in(tiny).values())
     assert first["weight_bytes"] == second["weight_bytes"] < 0.5 * whole
+    assert second["planned_weight_bytes"] == second["weight_bytes"]
+    # What is saved is the copy, not what it was made from.
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+    again = read_all(tmp_path, {"folder": tmp_path / "saved", "through": "engine"})[0]
+    assert again["answer"] == first["answer"]
 
 
 def test_cancelling_ends_it_and_leaves_nothing(tiny, tmp_path):

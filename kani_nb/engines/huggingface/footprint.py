@@ -22,12 +22,13 @@ def storage_bytes(model: Any) -> dict[str, int]:
     """
     storages: dict[tuple[str, int], int] = {}
     on_disk = 0
-    for module in model.modules():
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # in files they are two tensors, and one is read
+    for module_name, module in model.named_modules():
         for name, tensor in _own_tensors(module):
             if tensor.device.type == "meta":
                 kept = _kept_in_memory(module, name)
                 if kept is None:
-                    on_disk += tensor.numel() * tensor.element_size()
+                    on_disk += tensor.numel() * tensor.element_size() if f"{module_name}.{name}" not in tied else 0
                     continue
                 tensor = kept
             for each in (tensor, *_beside(tensor)):

@@ -24,7 +24,7 @@ from typing import Any
 from kani_nb.engines.base import LoadProgress, ProgressCallback
 from kani_nb.engines.gptq_checkpoint import check_settings
 from kani_nb.engines.gptq_folder import GptqFolder, read_config
-from kani_nb.engines.huggingface.staging import check_empty, staged_folder
+from kani_nb.engines.staging import check_empty, staged_folder
 from kani_nb.engines.wheel_process import parse_record, remaining, running
 from kani_nb.errors import (
     ConfigError,

@@ -177,7 +177,7 @@ def _loaded(
         threads = threads or choose_threads().threads
         torch.set_num_threads(threads)
     with translated(request.name, request.files), quiet():
-        model, notes = _from_files(request, placing)
+        model = _from_files(request, placing)
         if cancelled.is_set():
             raise _interrupted(request.name)
         driving = driving or find_driving(model, placing.device)
@@ -201,7 +201,7 @@ def _loaded(
         folder=request.folder,
         threads=threads,
         driving=driving,
-        placing=replace(placing, notes=tuple(filter(None, (*placing.notes, *notes, found.note)))),
+        placing=replace(placing, notes=tuple(filter(None, (*placing.notes, found.note)))),
     )
 
 
@@ -223,7 +223,7 @@ def _copied(
     request: LoadRequest, placing: Placing, tokenizer: Any, progress: ProgressCallback, cancelled: threading.Event
 ) -> _FromFiles:
     """The quantized copy of a model, made now if need be; one process makes it, and others wait for it."""
-    from kani_nb.engines.huggingface.quantized_cache import copy_key, find_copy, keep_copy
+    from kani_nb.engines.quantized_copies import copy_key, find_copy, keep_copy
 
     def waiting(seconds: float) -> None:
         if cancelled.is_set():
@@ -272,10 +272,10 @@ def _make_copy(
     from kani_nb.engines.huggingface.saving import save_model
 
     with one_at_a_time(request.name, cancelled):
-        save_model(_from_files(request, placing)[0], tokenizer, folder, source=request.folder)
+        save_model(_from_files(request, placing), tokenizer, folder, source=request.folder)
 
 
-def _from_files(request: LoadRequest, placing: Placing) -> tuple[Any, tuple[str, ...]]:
+def _from_files(request: LoadRequest, placing: Placing) -> Any:
     """The model that the files hold, complete, and in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
@@ -289,9 +289,8 @@ def _from_files(request: LoadRequest, placing: Placing) -> tuple[Any, tuple[str,
     model.eval()
     if placing.is_bitsandbytes:
         guard_state_dict(model)
-    if placing.is_bitsandbytes and (odd := keep_odd_layers_unpacked(model)):
-        return model, (f"{odd} layers have shapes that the fast 4-bit product cannot take; they use the general one",)
-    return model, ()
+        keep_odd_layers_unpacked(model)
+    return model
 
 
 def load_again(request: LoadRequest, loaded: LoadedModel) -> Any:

@@ -368,6 +368,7 @@ def _planned(
     """The plan of this load, on the devices that were asked for.
 
     Raises:
+        ConfigError: a device cannot compute it.
         DoesNotFitError: it would not fit, and nobody asked for offloading.
     """
     from kani_nb.hardware.planner import plan_row, refusal
@@ -380,6 +381,10 @@ def _planned(
         "line": line_of(request),
     }
     row = plan_row(shape, settings, name=request.name, budgets=budgets, **asked)
+    if not row.can_run:
+        raise ConfigError(
+            f"{request.name} cannot run here in {row.label}", why=row.why_not, fix="%engine plan shows what can"
+        )
     may_offload = request.allow_offload or isinstance(request.device_map, dict)
     if not row.fits and not (may_offload and row.device_map and _holds(row, budgets)):
         raise refusal(shape, row, budgets=budgets, name=request.name, **asked)

@@ -28,9 +28,9 @@ from kani_nb.engines.huggingface.footprint import storage_bytes
 from kani_nb.engines.huggingface.four_bit_packing import LostWeight, exact_state_dict, lost_weights
 from kani_nb.engines.huggingface.hub_push import push_folder, require_push
 from kani_nb.engines.huggingface.library_errors import free_memory, is_out_of_memory, out_of_memory, quiet, short
-from kani_nb.engines.huggingface.staging import check_empty, require_space, staged_folder
 from kani_nb.engines.sources_cache import cache_folder, is_disk_full
 from kani_nb.engines.sources_checks import check_weights
+from kani_nb.engines.staging import check_empty, require_space, staged_folder
 from kani_nb.engines.wheel_model import STAMP, read_stamp
 from kani_nb.errors import EngineError, KaniNbError
 

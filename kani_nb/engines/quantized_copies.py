@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from kani_nb.engines.huggingface.staging import folder_bytes, staged_folder
 from kani_nb.engines.sources_cache import cache_folder
+from kani_nb.engines.staging import folder_bytes, staged_folder
 from kani_nb.engines.wheel_model import STAMP, read_stamp
 from kani_nb.errors import ConfigError, ModelFilesError
 from kani_nb.quantization import Quantization

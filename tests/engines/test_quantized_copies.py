@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from kani_nb.engines.huggingface import saving
-from kani_nb.engines.huggingface.quantized_cache import (
+from kani_nb.engines.quantized_copies import (
     copies_folder,
     copy_key,
     delete_copy,
@@ -87,7 +87,7 @@ def test_other_files_settings_or_libraries_are_another_copy(source, tmp_path, mo
     assert len({key.folder for key in others}) == len(others)
     assert not any(find_copy(key) for key in others)
     assert find_copy(key_of(folder, device="cpu:0")) == first
-    monkeypatch.setattr("kani_nb.engines.huggingface.quantized_cache.version", lambda library: "999")
+    monkeypatch.setattr("kani_nb.engines.quantized_copies.version", lambda library: "999")
     assert find_copy(key_of(folder)) is None
     monkeypatch.undo()
     monkeypatch.setenv("KANI_NB_CACHE", str(tmp_path / "cache"))
@@ -140,7 +140,7 @@ def test_a_full_disk_keeps_nothing(source):
 MAKE = """
 import sys, time
 from pathlib import Path
-from kani_nb.engines.huggingface.quantized_cache import copy_key, keep_copy
+from kani_nb.engines.quantized_copies import copy_key, keep_copy
 from kani_nb.quantization import Quantization
 def save(folder):
     print("making", flush=True)

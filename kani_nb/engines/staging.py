@@ -119,11 +119,18 @@ def _mark(name: str) -> str:
     return f".{name}{'.' if name else ''}saving-{host}-"
 
 
+def _this_process() -> str:
+    """Number and beginning: a container that is started again has the same numbers."""
+    import psutil
+
+    return f"{os.getpid()}-{psutil.Process().create_time():.0f}"
+
+
 def _make_work_folder(folder: Path) -> Path:
     """A new hidden folder on the same disk, in `folder` where that exists and else beside it."""
     inside = folder.exists()
     parent, name = (folder, "") if inside else (folder.parent, folder.name)
-    work = parent / f"{_mark(name)}{os.getpid()}"
+    work = parent / f"{_mark(name)}{_this_process()}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(parent, name)
@@ -143,8 +150,14 @@ def _remove_leftovers(parent: Path, name: str) -> None:
     mark = _mark(name)
     with contextlib.suppress(OSError):
         for path in list(parent.iterdir()):
-            process = path.name.removeprefix(mark)
-            if process != path.name and process.isdigit() and not psutil.pid_exists(int(process)):
+            words = re.fullmatch(r"(\d+)-(\d+)", path.name.removeprefix(mark))
+            if words is None or not path.name.startswith(mark):
+                continue
+            try:
+                is_theirs = f"{psutil.Process(int(words[1])).create_time():.0f}" == words[2]
+            except psutil.NoSuchProcess:
+                is_theirs = False
+            if not is_theirs:
                 shutil.rmtree(path, ignore_errors=True)
 
 
