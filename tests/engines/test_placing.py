@@ -72,6 +72,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_two_remedies(smollm2)
     assert "--allow-offload" in text
 
 
+@pytest.mark.slow
 async def test_a_model_that_does_not_fit_runs_from_the_disk_when_asked_to_and_says_so(smollm2, caplog):
     whole = engine_of(smollm2)
     asked = [ChatMessage.user("What is the capital of France?")]

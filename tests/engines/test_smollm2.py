@@ -39,6 +39,7 @@ async def test_the_capital_of_france_and_where_the_weights_came_from(smollm2):
     await engine.close()
 
 
+@pytest.mark.slow
 async def test_reuse_changes_no_text_and_saves_the_history(smollm2):
     reused, computed = await converse(smollm2)
     fresh, everything = await converse(smollm2, cache_gib=0)

