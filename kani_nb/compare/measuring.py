@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kani_nb._frames import release_frames
 from kani_nb.compare.cases import DEFAULT_MAX_NEW_TOKENS, DEFAULT_PROMPT, DEFAULT_RUNS, Case, Sweep, expand
 from kani_nb.compare.machine import (
     MemoryInUse,
@@ -180,7 +180,7 @@ class _Measuring:
                 await self._keep_reference(case, held)
             except (DoesNotFitError, OutOfMemoryError) as error:
                 tried.append(f"{case.label} ({error.what})")
-                _let_go(error)
+                release_frames(error)
                 continue
             if tried:
                 said = f"{'; '.join(tried)}: so the reference is {case.label}"
@@ -234,7 +234,7 @@ class _Measuring:
             return await self._measure(case, row, before, done)
         except Exception as error:  # noqa: BLE001 - the others go on; it is told of in the row
             self.failures.append(error)
-            _let_go(error)
+            release_frames(error)
             reason, fix = _reason(error)
             return replace(row, reason=reason, fix=fix)
 
@@ -398,16 +398,3 @@ def _as_error(error: BaseException) -> BaseException:
     failure = EngineError("no scheme could be measured", why=_reason(error)[0])
     failure.__cause__ = error
     return failure
-
-
-def _let_go(error: BaseException) -> None:
-    """Free what the frames of an error hold; the lines stay."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        each = pending.pop()
-        if each is None or id(each) in seen:
-            continue
-        seen.add(id(each))
-        traceback.clear_frames(each.__traceback__)
-        pending += [each.__cause__, each.__context__]

@@ -15,6 +15,7 @@ from xml.sax.saxutils import quoteattr
 
 from kani_nb.figures import svg
 from kani_nb.figures.bundle import PLOTLY_MIME, FigureBundle, in_html
+from kani_nb.figures.look import AXIS, LAYOUT
 from kani_nb.metrics.comparison import ComparedRow, Comparison
 
 _MIB = 2**20
@@ -214,23 +215,17 @@ def _svg_legend(panel: _Panel) -> str:
 
 
 def _plotly(panels: Sequence[_Panel], labels: Sequence[str]) -> dict[str, Any]:
-    grid = "rgba(128,134,143,0.25)"
-    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "automargin": True}
     # Positions with the names as their ticks: rows of one name stay rows of their own.
     positions = list(range(len(labels)))
     traces: list[dict[str, Any]] = []
     layout: dict[str, Any] = {
+        **LAYOUT,
         "height": 110 + 28 * len(labels),
         "margin": {"l": 20, "r": 20, "t": 50, "b": 30},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"color": "#80868f", "size": 11},
-        "barmode": "stack",
         "bargap": 0.4,
         "showlegend": False,
-        "hoverlabel": {"bgcolor": "#2b2f36", "font": {"color": "#f2f3f5"}},
         "yaxis": {
-            **axis,
+            **AXIS,
             "tickmode": "array",
             "tickvals": positions,
             "ticktext": [svg.words(label) for label in labels],
@@ -245,7 +240,7 @@ def _plotly(panels: Sequence[_Panel], labels: Sequence[str]) -> dict[str, Any]:
         ends = _ends(panel, len(labels))
         highest = max(_text_ends(panel, ends)) or 1
         layout[name.replace("x", "xaxis")] = {
-            **axis,
+            **AXIS,
             "domain": [round(share * number + 0.02, 3), round(share * (number + 1) - 0.02, 3)],
             "anchor": "y",
             "title": {"text": panel.title},

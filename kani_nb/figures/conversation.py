@@ -13,6 +13,7 @@ from typing import Any
 
 from kani_nb.figures import svg
 from kani_nb.figures.bundle import PLOTLY_MIME, FigureBundle, in_html
+from kani_nb.figures.look import AXIS, LAYOUT
 from kani_nb.metrics.recorder import GenerationMetrics
 
 _GIB = 1024**3
@@ -207,30 +208,23 @@ def _decades(points: Points) -> tuple[int, int]:
 def _layout(points: Points) -> dict[str, Any]:
     last = points[-1][0]
     lowest, highest = _decades(points)
-    grid = "rgba(128,134,143,0.25)"
-    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "automargin": True}
     across = {
-        **axis,
+        **AXIS,
         "showgrid": False,
         "range": [0.4, max(last, _FEWEST_SLOTS) + 0.6],
         **({"dtick": 1} if last <= 15 else {}),
     }
     return {
+        **LAYOUT,
         "height": 220,
         "margin": {"l": 50, "r": 50, "t": 36, "b": 24},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"color": "#80868f", "size": 11},
-        "barmode": "stack",
-        "bargap": 0.35,
         "hovermode": "x unified",
-        "hoverlabel": {"bgcolor": "#2b2f36", "font": {"color": "#f2f3f5"}},
         "legend": {"orientation": "h", "traceorder": "normal", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "xaxis": {**across, "domain": [0, 0.45], "anchor": "y"},
-        "yaxis": {**axis, "title": {"text": "GiB"}, "rangemode": "tozero", "anchor": "x"},
+        "yaxis": {**AXIS, "title": {"text": "GiB"}, "rangemode": "tozero", "anchor": "x"},
         "xaxis2": {**across, "domain": [0.55, 1], "anchor": "y2"},
         "yaxis2": {
-            **axis,
+            **AXIS,
             "title": {"text": "prompt tokens"},
             "side": "right",
             "anchor": "x2",
@@ -239,7 +233,7 @@ def _layout(points: Points) -> dict[str, Any]:
         },
         # Above the bars, so that they do not hide the lines.
         "yaxis3": {
-            **axis,
+            **AXIS,
             "title": {"text": "ms"},
             "type": "log",
             "range": [lowest, highest],

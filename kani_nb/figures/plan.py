@@ -11,6 +11,7 @@ from xml.sax.saxutils import quoteattr
 
 from kani_nb.figures import svg
 from kani_nb.figures.bundle import PLOTLY_MIME, FigureBundle, in_html
+from kani_nb.figures.look import AXIS, LAYOUT
 from kani_nb.hardware.plans import Plan, PlanRow
 
 _MIB, _GIB = 2**20, 2**30
@@ -172,20 +173,13 @@ def _plotly(plan: Plan) -> dict[str, Any]:
                 "hovertemplate": f"%{{x:,.1f}} {unit}",
             }
         )
-    grid = "rgba(128,134,143,0.25)"
-    axis = {"gridcolor": grid, "zerolinecolor": grid, "linecolor": grid, "automargin": True}
     layout = {
+        **LAYOUT,
         "height": 70 + 26 * len(labels),
         "margin": {"l": 20, "r": 20, "t": 30, "b": 30},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"color": "#80868f", "size": 11},
-        "barmode": "stack",
-        "bargap": 0.35,
         "hovermode": "y unified",
-        "hoverlabel": {"bgcolor": "#2b2f36", "font": {"color": "#f2f3f5"}},
         "legend": {"orientation": "h", "traceorder": "normal", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "xaxis": {**axis, "title": {"text": unit}, "rangemode": "tozero"},
-        "yaxis": {**axis, "autorange": "reversed", "showgrid": False},
+        "xaxis": {**AXIS, "title": {"text": unit}, "rangemode": "tozero"},
+        "yaxis": {**AXIS, "autorange": "reversed", "showgrid": False},
     }
     return {"data": traces, "layout": layout, "config": {"displaylogo": False}}

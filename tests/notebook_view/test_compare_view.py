@@ -17,7 +17,6 @@ from kani_nb.metrics.comparison import ComparedRow, Comparison, Environment
 from kani_nb.notebook.compare_view import CompareView, compare_details, compare_parser, run_compare
 from kani_nb.notebook.surface import SurfaceKind
 from kani_nb.quantization import Quantization
-from tests.notebook_view.test_stream_view import Clock, Screen
 
 HOSTILE = '<img src=x onerror="alert(1)">\x1b[31m'
 NONE = ComparedRow(
@@ -71,16 +70,6 @@ def tasks_of(runtime) -> set:
 
 async def others() -> set:
     return asyncio.all_tasks() - {asyncio.current_task()}
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def screen(clock):
-    return Screen(clock)
 
 
 def test_rows_stand_there_as_soon_as_they_are_measured(screen, clock):

@@ -5,22 +5,9 @@ from __future__ import annotations
 import threading
 from itertools import pairwise
 
-import pytest
-
 from kani_nb.engines.base import LoadProgress
 from kani_nb.notebook.load_view import LoadView
 from kani_nb.notebook.surface import SurfaceKind
-from tests.notebook_view.test_stream_view import Clock, Screen
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def screen(clock):
-    return Screen(clock)
 
 
 def test_stages_pass_and_the_last_frame_is_one_line(screen, clock):

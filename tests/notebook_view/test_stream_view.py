@@ -21,42 +21,7 @@ from kani_nb.notebook.render import markdown_to_html
 from kani_nb.notebook.stat_line import stat_line
 from kani_nb.notebook.stream_view import StreamView
 from kani_nb.notebook.surface import SurfaceKind
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@dataclass
-class Screen:
-    """Records what is displayed, as IPython's `display` would be asked to."""
-
-    clock: Clock
-    frames: list[tuple[float, dict, dict]] = field(default_factory=list)
-    opened: int = 0
-
-    def __call__(self, bundle, *, raw, metadata, display_id):
-        assert raw and display_id
-        self.opened += 1
-        self.update(bundle, raw=raw, metadata=metadata)
-        return self
-
-    def update(self, bundle, *, raw, metadata):
-        assert raw
-        json.dumps([bundle, metadata]).encode()
-        self.frames.append((self.clock.now, bundle, metadata))
-
-    @property
-    def bytes(self) -> int:
-        return sum(len(text.encode()) for _, bundle, _ in self.frames for text in bundle.values())
-
-    @property
-    def last(self) -> dict:
-        return self.frames[-1][1]
+from tests.notebook_view.screen import Clock, Screen
 
 
 class Notice(str):
@@ -78,16 +43,6 @@ class Reply:
 
 
 METRICS = GenerationMetrics("smollm2", completion_tokens=3, tokens_per_s=30.0, finish_reason="stop")
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def screen(clock):
-    return Screen(clock)
 
 
 def view_on(screen, clock, prompt="hi", **options):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.notebooks.executing import committed, executed
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04_fine_tuning.ipynb"
 ANSWER = "Old Maud Fenwick keeps the lighthouse of Tarn Point."
@@ -44,38 +42,10 @@ def check_outputs(notebook):
 
 
 def test_what_is_committed_was_run_and_names_no_folder_of_the_machine():
-    text = NOTEBOOK.read_text(encoding="utf-8")
-    notebook = json.loads(text)
-    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
-    check_outputs(notebook)
-    assert not re.search(r"/(root|home|tmp|work)/", text)
-    assert len(text) < 100_000
-
-
-#: In a process of its own, which takes its sockets with it. Without a folder to look in, its Python is the only kernel.
-EXECUTE = """
-import sys, nbformat
-from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
-from nbclient import NotebookClient
-
-notebook = nbformat.read(sys.argv[1], as_version=4)
-manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-NotebookClient(notebook, km=manager, timeout=600, extra_arguments=["--log-level=ERROR"], resources={}).execute()
-nbformat.write(notebook, sys.argv[2])
-"""
+    check_outputs(committed(NOTEBOOK, 100_000))
 
 
 @pytest.mark.notebooks
 @pytest.mark.timeout(900)
 def test_it_runs_on_the_real_model_and_leaves_the_same(smollm2, tmp_path):
-    left = tmp_path / "executed.ipynb"
-    done = subprocess.run(
-        [sys.executable, "-c", EXECUTE, str(NOTEBOOK), str(left)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "KANI_NB_HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    check_outputs(json.loads(left.read_text(encoding="utf-8")))
+    check_outputs(executed(NOTEBOOK, tmp_path, 600))
