@@ -336,6 +336,15 @@ async def test_where_the_highest_precision_does_not_fit_the_next_is_the_referenc
     assert found.rows[0].kl_nats == 0
 
 
+async def test_a_checkpoint_that_is_quantized_already_is_called_what_it_is(here, tiny_model, tmp_path):
+    engine = HuggingEngine(str(tiny_model), quantization="cpu-int8", threads=1)
+    await engine.load()
+    folder = await engine.save(tmp_path / "saved")
+    await engine.close()
+    found = await compare(config_of(folder), read_schemes("none"), **SHORT)
+    assert [row.label for row in found.rows] == [found.reference] == ["cpu-int8"]
+
+
 async def test_an_engine_without_probabilities_is_timed_and_not_judged(here):
     found = await compare(EngineConfig("echo:delay=0.01"), read_schemes("none,int8"), **SHORT)
     none, int8 = found.rows

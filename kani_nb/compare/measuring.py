@@ -250,8 +250,11 @@ class _Measuring:
             memory = await asyncio.to_thread(engine.memory)  # before the first forward, which may re-pack the weights
             loaded = await asyncio.to_thread(memory_in_use, self.devices)
             details = details_of(engine)
+            held = str(details.get("quantization", "none"))
             row = replace(
                 row,
+                # A checkpoint may have been quantized before.
+                label=held if case.config.quantization.is_none and held != "none" else row.label,
                 load_s=load_s,
                 dtype=str(details.get("dtype", "")),
                 device=memory.device if memory is not None else "",
