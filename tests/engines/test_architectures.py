@@ -1,5 +1,7 @@
 """Other kinds of models: whatever their caches can do, the text is that of `generate` without a cache."""
 
+from dataclasses import replace
+
 import pytest
 
 from kani_nb import ChatMessage, HuggingEngine
@@ -116,4 +118,10 @@ async def test_turns_retries_and_edits_give_the_text_of_generate_without_a_cache
     await check(history[:3])
     await check([*history[:4], ChatMessage.user("something else")])
     assert any(cached) is (mode == "reuse")
+    # A text is read in chunks, too, where that gives what the whole gives.
+    engine._loaded = replace(engine._loaded, chunk_tokens=64)
+    text = [5 + number % 200 for number in range(150)]
+    with torch.inference_mode():
+        whole = engine.model(torch.tensor([text]), use_cache=False).logits[0].float().log_softmax(-1)
+    assert torch.allclose(await engine.log_probs(text), whole, atol=2e-2)
     await engine.close()

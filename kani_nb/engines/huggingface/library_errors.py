@@ -26,9 +26,18 @@ _OUT_OF_MEMORY = (
     "bad_alloc",
 )
 #: Who logs how a load went, in transformers 5.15 to 5.23 and accelerate 1.14 and 1.15.
-_REPORTING = ("transformers.modeling_utils", "transformers.utils.loading_report", "accelerate.big_modeling")
-#: Parts of what they log that is not shown: pages with tracebacks; and what was offloaded, which the engine says.
-_NOT_SHOWN = ("LOAD REPORT", "parameters are on the meta device because they were offloaded")
+_REPORTING = (
+    "transformers.modeling_utils",
+    "transformers.utils.loading_report",
+    "transformers.configuration_utils",
+    "accelerate.big_modeling",
+)
+#: Parts of what they log that is not shown: pages with tracebacks, and what the engine or an error says anyway.
+_NOT_SHOWN = (
+    "LOAD REPORT",
+    "parameters are on the meta device because they were offloaded",
+    "You are using a model of type",
+)
 
 
 @contextlib.contextmanager
@@ -68,6 +77,8 @@ def translated(name: str, where: Path) -> Iterator[None]:
         fix = "delete that folder and load again" if "safetensor" in type(error).__name__.lower() else ""
         if "trust_remote_code" in str(error):
             fix = "--trust-remote-code runs the repository's Python code; read it first"
+        elif "does not recognize this architecture" in str(error):
+            fix = "%pip install -U transformers, then restart the kernel"
         raise ModelFilesError(f"{name} could not be loaded from {where}", why=short(error), fix=fix) from error
 
 

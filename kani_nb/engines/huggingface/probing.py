@@ -29,7 +29,8 @@ def log_probs(loaded: LoadedModel, ids: Sequence[int]) -> Any:
             f"the text has {len(ids):,} tokens", why=f"the model holds {loaded.context_tokens:,}", fix="a shorter text"
         )
     rows = []
-    has_cache = loaded.driving.mode is CacheMode.REUSE
+    # Beyond the boundary of a longrope every position is computed with other factors, its first ones too.
+    has_cache = loaded.driving.mode is CacheMode.REUSE and not loaded.driving.is_beyond(len(ids))
     cache = new_cache(loaded.model.config) if has_cache else None
     size = loaded.chunk_tokens if has_cache else len(ids)
     with torch.inference_mode():
