@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -57,8 +57,12 @@ class GenerationParams:
             raise ConfigError("stop_strings holds an empty string", why="it would stop every answer at once")
 
     @classmethod
-    def from_kwargs(cls, given: Mapping[str, Any], base: GenerationParams | None = None) -> GenerationParams:
+    def from_kwargs(
+        cls, given: Mapping[str, Any], base: GenerationParams | None = None, also: Collection[str] = ()
+    ) -> GenerationParams:
         """`base` with `given` over it; names are transformers' (also `stop`, `max_tokens`, `generator_seed`).
+
+        What else the caller takes, `also`, is offered for a name that is not known.
 
         Raises:
             ConfigError: a name that is not known, with the near misses; or a value outside its range.
@@ -67,7 +71,7 @@ class GenerationParams:
         known = [each.name for each in fields(cls)]
         for name in renamed:
             if name not in known:
-                hint = did_you_mean(name, known) or f"known are {', '.join(known)}"
+                hint = did_you_mean(name, [*known, *also]) or f"known are {', '.join(known)}"
                 raise ConfigError(f"unknown generation parameter {name!r}", fix=hint)
         return replace(base or cls(), **renamed)
 

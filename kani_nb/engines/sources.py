@@ -24,7 +24,7 @@ from kani_nb.engines.sources_aliases import ALIASES, Alias, find_alias, shipped_
 from kani_nb.engines.sources_cache import Fetch
 from kani_nb.engines.sources_checks import check_weights, has_tokenizer
 from kani_nb.engines.sources_gguf import read_gguf_header
-from kani_nb.engines.wheel_model import WheelRecipe
+from kani_nb.engines.wheel_recipe import WheelRecipe
 from kani_nb.errors import (
     ConfigError,
     EngineError,

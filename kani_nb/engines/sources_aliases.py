@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from kani_nb.engines.wheel_model import SMOLLM2_WHEEL, WheelRecipe
+from kani_nb.engines.wheel_recipe import SMOLLM2_WHEEL, WheelRecipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from kani_nb.engines.sources import ModelSource
 
 
+#: Details that `%engine info` has told already, in other words.
+_TOLD = ("model", "loaded", "device", "context_tokens", "weight_bytes")
+
+
 class EngineVerbs:
     """What follows `%engine`.
 
@@ -101,6 +105,8 @@ class EngineVerbs:
         if memory is not None:
             lines["memory"] = f"weights {places_in_words(memory)}, KV cache {in_words(memory.kv_bytes)}"
         for key, value in details_of(engine).items():
+            if key in _TOLD and memory is not None:
+                continue
             name, is_bytes = key.removesuffix("_bytes").replace("_", " "), key.endswith("_bytes")
             lines.setdefault(name, in_words(value) if is_bytes and isinstance(value, int) else str(value))
         print_text(text_table(None, [(key, value) for key, value in lines.items() if value]))

@@ -204,6 +204,7 @@ def test_parts_that_stay_unquantized_are_neither_saved_nor_kept_as_a_copy(tiny_m
         ({"max_context_size": -5}, "max_context_size is -5"),
         ({"max_context_size": "2048"}, "max_context_size is '2048'"),
         ({"threads": 0}, "threads is 0"),
+        ({"quantisation": "int8"}, "'quantisation'\n→ did you mean quantization or"),
         ({"threads": -2}, "threads is -2"),
         ({"cache_gib": float("nan")}, "cache_gib is nan"),
         ({"quantization": "nf4", "double_quant": "no"}, "double_quant is 'no': it must be true or false"),

@@ -122,7 +122,7 @@ def test_a_gguf_of_the_embedded_model_is_as_large_as_the_file_that_is_published(
     from transformers import AutoConfig
 
     from kani_nb.engines.sources_aliases import shipped_config
-    from kani_nb.engines.wheel_model import SMOLLM2_WHEEL
+    from kani_nb.engines.wheel_recipe import SMOLLM2_WHEEL
 
     config = dict(shipped_config("smollm2") or {})
     found = shape_of(AutoConfig.for_model(config.pop("model_type"), **config))

@@ -104,23 +104,17 @@ def test_the_body_of_a_chat_is_not_completed_as_options(cells):
     assert "--max-new-tokens" not in completed(cells.shell, "%%chat\n%%chat --max-n")
 
 
-def test_importing_and_loading_bring_no_heavy_library_and_cost_little():
+def test_importing_and_loading_bring_no_heavy_library():
     code = """
-import json, sys, time
+import json, sys
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 config = Config(); config.HistoryManager.enabled = False
 shell = InteractiveShell.instance(config=config)
-started = time.process_time()
 import kani_nb
 shell.run_line_magic("load_ext", "kani_nb")
-spent = time.process_time() - started
 heavy = ["torch", "transformers", "plotly", "ipywidgets", "anywidget", "bitsandbytes", "markdown_it", "nbclient"]
-print(json.dumps({"spent_s": spent, "heavy": [name for name in heavy if name in sys.modules]}))
+print(json.dumps([name for name in heavy if name in sys.modules]))
 """
-    runs = []
-    for _ in range(3):  # the best of three: other processes share the cores' caches
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
-    assert runs[0]["heavy"] == []
-    assert min(run["spent_s"] for run in runs) < 0.15
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == []

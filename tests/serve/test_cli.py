@@ -188,7 +188,7 @@ def test_ctrl_c_ends_the_answer_and_the_chat_goes_on(own_home):
         process.send_signal(signal.SIGINT)
         while "stopped" not in seen:
             seen += process.stdout.read(1)
-        assert time.monotonic() - asked < 2
+        assert time.monotonic() - asked < 4, "the answer alone would have taken five seconds"
         process.stdin.write("next\n")
         process.stdin.close()
         seen += process.stdout.read()

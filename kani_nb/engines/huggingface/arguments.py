@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from kani_nb.config import EngineConfig
 from kani_nb.errors import ConfigError
-from kani_nb.hardware.legacy_kwargs import settings_among, translate
+from kani_nb.hardware.legacy_kwargs import QUANTIZATION_NAMES, settings_among, translate
 from kani_nb.quantization import Quantization, dtype_name
 
 
@@ -56,6 +56,10 @@ class LoadRequest:
         """The folder or the file that is loaded."""
         assert self.folder is not None, "the files have not been looked for"
         return self.folder / self.gguf_file if self.gguf_file else self.folder
+
+
+#: Names of the arguments about loading, to be offered for one that is misspelt.
+KNOWN_NAMES = ("quantization", "cache_gib", *(each.name for each in fields(LoadRequest)), *sorted(QUANTIZATION_NAMES))
 
 
 def line_of(request: LoadRequest) -> EngineConfig:

@@ -24,7 +24,13 @@ from kani_nb.engines.base import (
     ProgressCallback,
     StreamEvent,
 )
-from kani_nb.engines.huggingface.arguments import LoadRequest, device_map_of, read_arguments, split_arguments
+from kani_nb.engines.huggingface.arguments import (
+    KNOWN_NAMES,
+    LoadRequest,
+    device_map_of,
+    read_arguments,
+    split_arguments,
+)
 from kani_nb.engines.huggingface.prepared import Prepared
 from kani_nb.engines.worker import Slot, iterate_in_thread, run_in_thread
 from kani_nb.errors import GenerationError, KaniNbError, ModelUnavailableError
@@ -110,7 +116,7 @@ class HuggingEngine(BaseEngine):
         check_limits(max_context_size=max_context_size, threads=threads, cache_gib=cache_gib)
         precision, generation_defaults = split_arguments(settings)
         self.model_id = str(model_id)
-        self.generation = GenerationParams.from_kwargs(generation_defaults, generation)
+        self.generation = GenerationParams.from_kwargs(generation_defaults, generation, also=KNOWN_NAMES)
         self.slot = Slot()
         self._cache_gib = cache_gib
         asked = LoadRequest(
@@ -328,15 +334,10 @@ class HuggingEngine(BaseEngine):
         return await run_in_thread(lambda _: ready.send(private, commit_message), name="kani-nb-push")
 
     def _origin_of(self, loaded: LoadedModel) -> dict[str, Any]:
-        """Where the weights came from, and how to have them once more as they were."""
-        from kani_nb.engines.huggingface.loading import load_again
+        from kani_nb.engines.huggingface.loading import origin_of
 
-        request = self._prepared.request()
-        return {
-            "source": loaded.folder,
-            "reload": lambda: load_again(request, loaded),
-            "weights_changed": self._weights is not None and self._weights.have_changed,
-        }
+        has_changed = self._weights is not None and self._weights.have_changed
+        return {**origin_of(self._prepared.request(), loaded), "weights_changed": has_changed}
 
     async def log_probs(self, ids: Sequence[int]) -> Any:
         """What the model expects after each of `ids`: natural-log probabilities `(T, V) float32` on the CPU.

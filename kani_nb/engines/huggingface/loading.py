@@ -293,6 +293,11 @@ def _from_files(request: LoadRequest, placing: Placing) -> Any:
     return model
 
 
+def origin_of(request: LoadRequest, loaded: LoadedModel) -> dict[str, Any]:
+    """Where the weights of a loaded model came from, and how to have them once more as they were: for `saving`."""
+    return {"source": loaded.folder, "reload": lambda: load_again(request, loaded)}
+
+
 def load_again(request: LoadRequest, loaded: LoadedModel) -> Any:
     """A second copy of a loaded model, fresh from its files and never run; its bytes are taken once more meanwhile.
 
