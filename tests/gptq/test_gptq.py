@@ -225,11 +225,11 @@ def test_the_engine_fits_a_model_once_and_loads_its_copy_the_next_time(tiny, tmp
     first, second = read_all(tmp_path, job, job | {"save": tmp_path / "saved"})
     assert "a quantized copy is kept in" in first["notes"]
     assert "from the quantized copy in" in second["notes"]
-    assert first["quantization"] == second["quantization"] == "gptq"
+    assert first["quantization"] == second["quantization"] == "gptq + group_size=64"
     assert first["answer"] == second["answer"]
     whole = sum(each.nbytes for each in tensors_in(tiny).values())
     assert first["weight_bytes"] == second["weight_bytes"] < 0.5 * whole
-    assert second["planned_weight_bytes"] == second["weight_bytes"]
+    assert second["planned_weight_bytes"] == pytest.approx(second["weight_bytes"], rel=0.01)
     # What is saved is the copy, not what it was made from.
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
     again = read_all(tmp_path, {"folder": tmp_path / "saved", "through": "engine"})[0]
