@@ -88,7 +88,8 @@ async def test_a_model_that_does_not_fit_runs_from_the_disk_when_asked_to_and_sa
 
 
 @pytest.mark.parametrize(
-    "device_map", [{"": "disk"}, {"model.layers": "disk", "": "cpu"}, {"": "cpu", "lm_head": "disk"}]
+    "device_map",
+    [{"": "disk", "model.embed_tokens": "cpu"}, {"model.layers": "disk", "": "cpu"}, {"": "cpu", "lm_head": "disk"}],
 )
 async def test_what_a_map_puts_on_the_disk_answers_from_there(tmp_path, device_map):
     asked = [ChatMessage.user("the quick brown fox")]
@@ -98,6 +99,11 @@ async def test_what_a_map_puts_on_the_disk_answers_from_there(tmp_path, device_m
     assert engine.memory().weight_bytes == engine.details()["planned_weight_bytes"] == plain.memory().weight_bytes
     for each in (plain, engine):
         await each.close()
+
+
+def test_a_map_that_keeps_nothing_in_memory_is_refused_with_one_that_does(tiny_model):
+    with pytest.raises(ConfigError, match=r"""as a whole.*\n→ .*'\{"": "disk", "model.embed_tokens": "cpu"\}'"""):
+        placing_of(tiny_model, device_map={"": "disk"})
 
 
 def test_an_offload_folder_that_cannot_be_written_to_or_is_too_small_is_refused(smollm2, tmp_path, monkeypatch):

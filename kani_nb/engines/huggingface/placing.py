@@ -6,6 +6,7 @@ cannot run, a device map that names no module, weights that do not fit. Nothing 
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -186,7 +187,7 @@ def _places(
     """The device that the input goes to, and the device map for `from_pretrained`.
 
     Raises:
-        ConfigError: nothing is known of the model's parts, and what was asked for needs that.
+        ConfigError: nothing is known of the model's parts, and what was asked for needs that; or all is on the disk.
     """
     from kani_nb.hardware.placement import device_of
 
@@ -199,6 +200,13 @@ def _places(
                 fix=f"leave them out: it then goes to {first.name} as a whole",
             )
         return first.name, None if first.name == "cpu" else {"": first.name}
+    if set(row.device_map.values()) == {"disk"}:
+        example = json.dumps({"": "disk", shape.blocks[0]: "cpu"})
+        raise ConfigError(
+            f"{request.name} cannot be put on the disk as a whole",
+            why="accelerate keeps at least one part in memory",
+            fix=f"for example --device-map '{example}'",
+        )
     if len(set(row.device_map.values())) > 1 or "disk" in row.device_map.values():
         return device_of(shape.blocks[0], row.device_map) or first.name, row.device_map
     device = next(iter(row.device_map.values()))
