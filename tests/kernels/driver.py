@@ -117,6 +117,8 @@ class Kernel:
     def value(self, expression: str) -> str:
         """What `print(expression)` prints."""
         outcome = self.run(f"print({expression})")
+        while outcome.status == "aborted":  # for a moment after a cell failed, as if it had been queued behind that
+            outcome = self.run(f"print({expression})")
         assert outcome.status == "ok", outcome.text
         return "".join(output.get("text", "") for output in outcome.outputs).strip()
 
