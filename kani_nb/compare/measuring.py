@@ -25,10 +25,10 @@ from kani_nb.compare.machine import (
     memory_without_leftovers,
     threads_for,
 )
-from kani_nb.compare.reference import details_of, provenance, reference_cases, reference_name, text_pieces
+from kani_nb.compare.reference import provenance, reference_cases, reference_name, text_pieces
 from kani_nb.config import EngineConfig
 from kani_nb.conversation.round import Round, RoundRequest
-from kani_nb.engines.base import BaseEngine, LoadProgress, ProgressCallback
+from kani_nb.engines.base import BaseEngine, LoadProgress, ProgressCallback, details_of
 from kani_nb.engines.registry import create_engine, parse_spec
 from kani_nb.errors import ConfigError, DoesNotFitError, EngineError, KaniNbError, OutOfMemoryError
 from kani_nb.messages import ChatMessage

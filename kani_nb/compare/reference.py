@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from kani_nb.compare.cases import Case
-from kani_nb.engines.base import BaseEngine
 from kani_nb.quantization import Quantization
 
 #: Tokens of a text that are read at once. It bounds the memory for the probabilities: about twice this times the
@@ -69,9 +68,3 @@ def provenance(origin: str) -> tuple[str, ...]:
     return (
         f"{grid}: a scheme on the same grid finds them again and looks better here than it is, one on another worse.",
     )
-
-
-def details_of(engine: BaseEngine) -> dict[str, Any]:
-    """What an engine says of itself, if it does."""
-    details = getattr(engine, "details", None)
-    return dict(details()) if callable(details) else {}

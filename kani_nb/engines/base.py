@@ -287,3 +287,9 @@ async def prompt_len(
 
     length = await asyncio.to_thread(engine.prompt_len, messages, functions)
     return await length if inspect.isawaitable(length) else length
+
+
+def details_of(engine: BaseEngine) -> dict[str, Any]:
+    """What an engine says of itself, if it does."""
+    details = getattr(engine, "details", None)
+    return dict(details()) if callable(details) else {}

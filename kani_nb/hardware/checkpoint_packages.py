@@ -39,8 +39,9 @@ def check_checkpoint_packages(name: str, method: str) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     if method in ("gptq", "awq") and (lacking := needs_of("gptq")) is not None:
+        needed = lacking.what.partition(" needs ")[2]
         raise MissingDependencyError(
-            f"{name} is quantized with {method}, which needs what {lacking.what}", why=lacking.why, fix=lacking.fix
+            f"{name} is quantized with {method}, which needs {needed}", why=lacking.why, fix=lacking.fix
         )
     module, packages = _PACKAGES.get(method, ("", ""))
     if module and not _is_installed(module):

@@ -73,7 +73,7 @@ def make_plan(
         file_bytes: of the weight files, where they are known.
         device_map: as the engine takes it.
         allow_offload: let what does not fit be kept in main memory or on the disk.
-        cpu_speeds: how fast schemes are on this CPU, times bfloat16  (`cpu_probe.cpu_speeds`); by default what was
+        cpu_speeds: how fast schemes are on this CPU, times bfloat16 (`cpu_probe.cpu_speeds`); by default what was
             measured on another.
         line: what the user asked for, to be said again with the scheme of a row; by default only what is said here.
 

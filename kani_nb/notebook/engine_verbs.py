@@ -13,6 +13,7 @@ from kani_nb._amounts import in_words
 from kani_nb._interrupts import Interrupted, InterruptGuard
 from kani_nb._runtime import runtime
 from kani_nb._waiting import Call
+from kani_nb.engines.base import details_of
 from kani_nb.errors import ConfigError, KaniNbError
 from kani_nb.notebook.settings import KaniNB
 from kani_nb.notebook.stat_line import places_in_words
@@ -21,7 +22,6 @@ from kani_nb.notebook.verbs import Verb, VerbTable, required, unquoted
 from kani_nb.options import LineParser
 
 if TYPE_CHECKING:
-    from kani_nb.engines.base import BaseEngine
     from kani_nb.engines.sources import ModelSource
 
 
@@ -215,12 +215,6 @@ class EngineVerbs:
         with InterruptGuard() as guard:
             address = Call(runtime().loop, push(args.repo, private=args.private), guard).result()
         print_text(f"Pushed: {address}\n%load_engine {args.repo} loads it from there.")
-
-
-def details_of(engine: BaseEngine) -> dict[str, Any]:
-    """What an engine says of itself, if it does."""
-    details = getattr(engine, "details", None)
-    return dict(details()) if callable(details) else {}
 
 
 def _plan_details() -> str:

@@ -14,8 +14,9 @@ from kani_nb._interrupts import Interrupted, InterruptGuard
 from kani_nb._runtime import LoadedEngine, Runtime, UnloadReport, runtime
 from kani_nb._waiting import Call
 from kani_nb.config import config_from_args, load_parser
+from kani_nb.engines.base import details_of
 from kani_nb.errors import ConfigError, KaniNbError
-from kani_nb.notebook.engine_verbs import EngineVerbs, details_of
+from kani_nb.notebook.engine_verbs import EngineVerbs
 from kani_nb.notebook.holders import Watched, forget_tracebacks
 from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.notebook.settings import KaniNB

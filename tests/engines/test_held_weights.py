@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -244,11 +245,37 @@ def test_what_agrees_is_taken_in_whatever_words(arguments):
         assert not asked.model_load_kwargs
 
 
-def test_a_remedy_keeps_what_else_was_asked_for(tiny_model):
+def test_a_remedy_keeps_what_else_was_asked_for(smollm2):
     with pytest.raises(DoesNotFitError) as caught:
-        placing_of(tiny_model, max_memory="cpu=400KB", threads=1, local_only=True)
-    text = str(caught.value)
-    assert "--max-memory=cpu=400KB" in text
-    if "%load_engine" in text:
-        assert "--local-only" in text
-        assert "--dtype" not in text
+        placing_of(smollm2, max_memory="cpu=250MiB", threads=1, local_only=True)
+    line = re.search(r"%load_engine .*? takes", str(caught.value))[0]
+    assert "--max-memory=cpu=250MiB" in line
+    assert "--local-only" in line
+    assert "--threads=1" in line
+    assert "--quant=" in line
+    assert "--dtype" not in line
+
+
+@pytest.mark.parametrize("asked", [{}, {"quantization": "none"}])
+def test_a_copy_that_would_hold_nothing_quantized_is_not_kept_and_that_is_said(tiny_model, asked):
+    from kani_nb.engines.huggingface.loading import _why_no_copy
+
+    engine = HuggingEngine(str(tiny_model), cache_quantized=True, **asked)
+    placing = choose_placing(engine._prepared.request(), engine._prepared.config())
+    assert _why_no_copy(engine._prepared.request(), placing).endswith("nothing is quantized while it is loaded")
+
+
+def test_what_a_checkpoint_of_another_method_lacks_is_named_with_its_line(monkeypatch):
+    from kani_nb.errors import MissingDependencyError
+    from kani_nb.hardware import checkpoint_packages
+    from kani_nb.hardware.gptq_check import needs_of
+
+    lacking = MissingDependencyError("gptq needs gptqmodel 7 or newer", why="it is not installed", fix="pip install it")
+    monkeypatch.setattr(checkpoint_packages, "needs_of", lambda _: lacking)
+    with pytest.raises(MissingDependencyError) as caught:
+        checkpoint_packages.check_checkpoint_packages("m", "awq")
+    assert str(caught.value).startswith(
+        "m is quantized with awq, which needs gptqmodel 7 or newer: it is not installed"
+    )
+    if (real := needs_of("gptq")) is not None:
+        assert " needs " in real.what

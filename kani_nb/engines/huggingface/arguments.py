@@ -58,8 +58,13 @@ class LoadRequest:
         return self.folder / self.gguf_file if self.gguf_file else self.folder
 
 
+_FOUND_LATER = {"name", "folder", "gguf_file", "origin", "foreign_config"}
 #: Names of the arguments about loading, to be offered for one that is misspelt.
-KNOWN_NAMES = ("quantization", "cache_gib", *(each.name for each in fields(LoadRequest)), *sorted(QUANTIZATION_NAMES))
+KNOWN_NAMES = (
+    "cache_gib",
+    *(each.name for each in fields(LoadRequest) if each.name not in _FOUND_LATER),
+    *sorted(QUANTIZATION_NAMES),
+)
 
 
 def line_of(request: LoadRequest) -> EngineConfig:

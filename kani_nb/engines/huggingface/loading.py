@@ -207,9 +207,10 @@ def _loaded(
 
 def _why_no_copy(request: LoadRequest, placing: Placing) -> str | None:
     """None where the model is loaded from a quantized copy of it; else what there is to say of loading it directly."""
-    if placing.is_prequantized or placing.quantization_config is None or request.foreign_config is not None:
-        is_useless = request.cache_quantized and request.foreign_config is None
-        return "--cache-quantized has nothing to do: nothing is quantized while it is loaded" if is_useless else ""
+    is_as_stored = placing.is_prequantized or placing.quantization_config is None
+    if is_as_stored or request.foreign_config is not None:
+        why = "nothing is quantized while it is loaded" if is_as_stored else "its quantization has no scheme here"
+        return f"no quantized copy is kept: {why}" if request.cache_quantized else ""
     if placing.quantization.scheme == "gptq":
         return None
     if not request.cache_quantized:
