@@ -12,6 +12,7 @@
     │   ├── GenerationError      something failed inside generation
     │   ├── OutOfMemoryError     also a MemoryError
     │   └── DoesNotFitError      refused before loading: it needs more memory than there is
+    ├── ArgumentsError           what a model passed to a function does not fit its parameters
     ├── PromptError              the prompt cannot be given to this model
     │   └── PromptTooLongError
     └── ConversationError
@@ -101,6 +102,10 @@ class OutOfMemoryError(EngineError, MemoryError):
 
 class DoesNotFitError(EngineError):
     """More memory is needed than there is; nothing was loaded."""
+
+
+class ArgumentsError(KaniNbError):
+    """What a model passed to a function does not fit its parameters; the text is for the model to read."""
 
 
 class PromptError(KaniNbError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -148,6 +149,16 @@ class ToolCall:
     function: FunctionCall
     type: str = "function"
 
+    @classmethod
+    def from_function_call(cls, call: FunctionCall, call_id_: str | None = None) -> Self:
+        """A call with an id, a new one if none is given."""
+        return cls(call_id_ or f"call_{uuid.uuid4().hex[:24]}", call)
+
+    @classmethod
+    def from_function(cls, name: str, /, *, call_id_: str | None = None, **arguments: Any) -> Self:
+        """A call of `name` with `arguments`."""
+        return cls.from_function_call(FunctionCall.with_args(name, **arguments), call_id_)
+
     def to_dict(self) -> dict[str, Any]:
         """The record in OpenAI's form."""
         function = {"name": self.function.name, "arguments": self.function.arguments}
@@ -217,6 +228,16 @@ class ChatMessage:
         if self.content is None:
             return ()
         return (self.content,) if isinstance(self.content, str) else self.content
+
+    @property
+    def function_call(self) -> FunctionCall | None:
+        """The only call that the message asks for, or the first; None where it asks for none."""
+        return self.tool_calls[0].function if self.tool_calls else None
+
+    @property
+    def reasoning(self) -> str:
+        """The model's reasoning: all reasoning parts, joined."""
+        return "".join(part.content for part in self.parts if isinstance(part, ReasoningPart))
 
     def copy_with(self, **changes: Any) -> ChatMessage:
         """This message with some fields replaced (`text=` is `content=` with a string)."""

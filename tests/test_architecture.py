@@ -44,6 +44,7 @@ ONLY_IN = {
     "plotly": {"figures"},
     "torch": {"engines", "hardware", "metrics", "_engines", "doctor"},
     "transformers": {"engines", "hardware"},
+    "httpx": {"engines"},
 }
 HEAVY = {"torch", "transformers", "plotly", "ipywidgets", "anywidget", "accelerate", "bitsandbytes", "httpx", "gguf"}
 
