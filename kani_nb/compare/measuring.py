@@ -310,7 +310,7 @@ class _Measuring:
             engine,
             None,
             (),
-            ChatMessage.user(self.request.prompt),
+            (ChatMessage.user(self.request.prompt),),
             {"max_new_tokens": max_new_tokens, "do_sample": False},
         )
         running = Round(request, asyncio.get_running_loop())

@@ -42,19 +42,20 @@ async def fit_to_context(
     engine: BaseEngine,
     system: str | None,
     turns: Sequence[Turn],
-    prompt: ChatMessage,
+    pending: Sequence[ChatMessage],
     params: Mapping[str, Any] | None = None,
+    functions: Sequence[Any] = (),
 ) -> FittedPrompt:
-    """The longest end of `turns` that leaves room for an answer, with the system prompt before it and `prompt` after.
+    """The longest end of `turns` that leaves room for an answer, with the system prompt before it and `pending` after.
 
     The room is the `max_new_tokens` that `params` (or the engine's own defaults) ask for, but no more than a quarter of
     the context. An engine whose `max_context_size` is not positive is given everything.
 
     Raises:
-        PromptTooLongError: `prompt` (and the system prompt) alone do not fit.
+        PromptTooLongError: `pending` (and the system prompt) alone do not fit.
         PromptError: the engine refuses the whole prompt for another reason.
     """
-    windows = _Windows(engine, system, turns, prompt)
+    windows = _Windows(engine, system, turns, pending, list(functions) or None)
     context = engine.max_context_size
     budget = context - reserved_tokens(engine, params or {})
     whole = await windows.length(0)
@@ -93,16 +94,17 @@ class _Windows:
     engine: BaseEngine
     system: str | None
     turns: Sequence[Turn]
-    prompt: ChatMessage
+    pending: Sequence[ChatMessage]
+    functions: list[Any] | None = None
 
     def messages(self, dropped: int) -> list[ChatMessage]:
         head = [ChatMessage.system(self.system)] if self.system else []
-        return [*head, *(each for turn in self.turns[dropped:] for each in turn.messages), self.prompt]
+        return [*head, *(each for turn in self.turns[dropped:] for each in turn.messages), *self.pending]
 
     async def length(self, dropped: int) -> int | PromptError:
         """Tokens of the prompt without the oldest `dropped` turns, or why it cannot be made."""
         try:
-            return await prompt_len(self.engine, self.messages(dropped))
+            return await prompt_len(self.engine, self.messages(dropped), self.functions)
         except PromptError as error:
             return error
 

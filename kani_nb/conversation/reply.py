@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kani_nb.conversation.tools import ToolStep
 from kani_nb.conversation.tree import Turn
 from kani_nb.engines.base import StreamEvent
 from kani_nb.errors import PromptError
@@ -51,7 +52,7 @@ class ChatReply:
         return self.text
 
 
-SessionEvent = StreamEvent | Notice | ChatReply
+SessionEvent = StreamEvent | Notice | ToolStep | ChatReply
 
 
 def user_message(prompt: Prompt) -> ChatMessage:

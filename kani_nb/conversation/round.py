@@ -24,6 +24,7 @@ from kani_nb.engines.base import (
     BaseCompletion,
     BaseEngine,
     EngineMemory,
+    EngineNotice,
     PrefillProgress,
     ReasoningDelta,
     StreamEvent,
@@ -42,13 +43,20 @@ _PACKAGE = Path(__file__).parent.parent
 
 @dataclass(frozen=True, slots=True)
 class RoundRequest:
-    """What is asked of the engine."""
+    """What is asked of the engine.
+
+    Attributes:
+        turns: what was said before.
+        pending: the user's message, and what tools were called and gave since.
+        functions: what the model may call.
+    """
 
     engine: BaseEngine
     system: str | None
     turns: Sequence[Turn]
-    prompt: ChatMessage
+    pending: Sequence[ChatMessage]
     params: Mapping[str, Any]
+    functions: Sequence[Any] = ()
 
 
 @dataclass(slots=True)
@@ -171,6 +179,8 @@ class Round:
 
     def _noted(self, event: Any) -> StreamEvent | Notice:
         """Keep what belongs to the answer, and hand the event on."""
+        if isinstance(event, EngineNotice):
+            event = Notice(event.text)
         if isinstance(event, Notice):
             self.notices.append(event)
         elif isinstance(event, str):
@@ -206,7 +216,12 @@ class Round:
             await request.engine.load()
         self._clock.asked = time.perf_counter()
         fitted = await fit_to_context(
-            request.engine, request.system, request.turns, request.prompt, params=request.params
+            request.engine,
+            request.system,
+            request.turns,
+            request.pending,
+            params=request.params,
+            functions=request.functions,
         )
         self._prompt_tokens = fitted.prompt_tokens
         if fitted.notice:
@@ -215,7 +230,9 @@ class Round:
         sampler = MemorySampler(memory.device if memory else "cpu")
         # While another answer holds the engine, its memory is not ours, and resetting the peak would spoil its record.
         waits = bool(getattr(getattr(request.engine, "slot", None), "is_taken", False))
-        stream = request.engine.stream(fitted.messages, **request.params)
+        # Engines of the 0.x style may take no functions at all.
+        offered = [list(request.functions)] if request.functions else []
+        stream = request.engine.stream(fitted.messages, *offered, **request.params)
         try:
             with ExitStack() as watching:
                 if not waits:

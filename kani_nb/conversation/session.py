@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 from kani_nb._loop import LoopThread
 from kani_nb.conversation.journal import Journal
 from kani_nb.conversation.reply import ChatReply, Notice, Prompt, SessionEvent, user_message
-from kani_nb.conversation.round import Round, RoundRequest
+from kani_nb.conversation.round import RoundRequest
+from kani_nb.conversation.running_turn import RunningTurn
 from kani_nb.conversation.store import ConversationStore
+from kani_nb.conversation.tools import Host, Tools, WorkerHost, tools_of
 from kani_nb.conversation.tree import CellRef, Conversation, Turn, new_id, replacement_notices
 from kani_nb.engines.base import BaseEngine
 from kani_nb.errors import ConversationBusyError, ConversationError, OutOfMemoryError, StoreError
@@ -37,6 +39,7 @@ class _Plan:
     prompt: ChatMessage
     parent_id: str | None
     cell: CellRef
+    tools: Tools | None = None
 
 
 class ChatSession:
@@ -49,6 +52,10 @@ class ChatSession:
         recorder: gets the metrics of every committed answer, on the loop's thread.
         store: where turns are kept; None keeps them in memory only.
         engine_name: gives the current engine's name, for the record.
+
+    Attributes:
+        tools: what the model may call in every round; None where it may call nothing. Not kept in the store.
+        host: where functions run, and where the person is asked.
     """
 
     def __init__(
@@ -69,9 +76,11 @@ class ChatSession:
         self._engine_name = engine_name
         self._lock = threading.Lock()
         self._is_busy = False
-        self._round: Round | None = None
+        self._round: RunningTurn | None = None
         self._early_stop = ""
         self._is_in_step = True
+        self.tools: Tools | None = None
+        self.host: Host = WorkerHost()
 
     @property
     def conversation(self) -> Conversation:
@@ -107,7 +116,7 @@ class ChatSession:
     # Rounds.
 
     async def ask(
-        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, **params: Any
+        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, tools: Any = None, **params: Any
     ) -> ChatReply:
         """The answer to `prompt`. Awaitable from any event loop; cancelling ends the answer and keeps what has come.
 
@@ -115,6 +124,7 @@ class ChatSession:
             prompt: text, or a tuple of parts and strings.
             cell: the notebook cell that asks; see `Conversation.place`.
             append: never replace an earlier turn of the same cell.
+            tools: functions that the model may call in this round, or `Tools`; None takes the conversation's own.
             **params: generation parameters under transformers' names, given to the engine as they are.
 
         Raises:
@@ -125,10 +135,10 @@ class ChatSession:
             OutOfMemoryError: memory did not suffice; what had come of the answer is committed, marked interrupted.
             EngineError: generation failed. As with every other error, nothing was committed then.
         """
-        return await self._loop.run(self._reply(lambda: self._ask_plan(prompt, cell, append), params))
+        return await self._loop.run(self._reply(lambda: self._ask_plan(prompt, cell, append, tools), params))
 
     def ask_sync(
-        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, **params: Any
+        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, tools: Any = None, **params: Any
     ) -> ChatReply:
         """`ask` for threads that cannot await: blocks until the answer is there. See `ask` for what it raises.
 
@@ -137,10 +147,10 @@ class ChatSession:
         Raises:
             RuntimeError: called on the loop's own thread.
         """
-        return self._loop.run_sync(self._reply(lambda: self._ask_plan(prompt, cell, append), params))
+        return self._loop.run_sync(self._reply(lambda: self._ask_plan(prompt, cell, append, tools), params))
 
     def stream(
-        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, **params: Any
+        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, tools: Any = None, **params: Any
     ) -> AsyncIterator[SessionEvent]:
         """The answer piece by piece, on any event loop; the last item is the `ChatReply`.
 
@@ -148,7 +158,7 @@ class ChatSession:
         too and no part of the answer; those known at the end are in the reply only.
         Leaving early ends the answer and keeps what has come. Raises what `ask` raises, when iterated.
         """
-        return self._loop.iterate(lambda: self._run(lambda: self._ask_plan(prompt, cell, append), params))
+        return self._loop.iterate(lambda: self._run(lambda: self._ask_plan(prompt, cell, append, tools), params))
 
     async def retry(self, number: int | None = None, **params: Any) -> ChatReply:
         """Another answer to turn `number` of the branch (the last when None), as its sibling; the old one is kept.
@@ -300,7 +310,7 @@ class ChatSession:
             journal = Journal(
                 self._store,
                 self._conversation,
-                lambda: replace(draft, messages=(planned.prompt, running.message)),
+                lambda: replace(draft, messages=(planned.prompt, *running.messages)),
             )
             is_generating = True
             try:
@@ -327,18 +337,18 @@ class ChatSession:
                 raise
         yield reply
 
-    def _start(self, planned: _Plan, params: dict[str, Any]) -> Round:
+    def _start(self, planned: _Plan, params: dict[str, Any]) -> RunningTurn:
         """The round, known to `stop` from here on."""
         before = self._conversation.path(planned.parent_id) if planned.parent_id is not None else ()
-        request = RoundRequest(self._engine(), self._conversation.system, before, planned.prompt, params)
-        running = Round(request, asyncio.get_running_loop())
+        request = RoundRequest(self._engine(), self._conversation.system, before, (planned.prompt,), params)
+        running = RunningTurn(request, asyncio.get_running_loop(), planned.tools or self.tools, self.host)
         with self._lock:
             self._round = running
             if self._early_stop:
                 running.stop(self._early_stop)
         return running
 
-    async def _settle(self, running: Round, draft: Turn, journal: Journal) -> ChatReply:
+    async def _settle(self, running: RunningTurn, draft: Turn, journal: Journal) -> ChatReply:
         """Commit what has come, if anything, and say what it took."""
         await running.measure_memory()
         conversation = self._conversation
@@ -349,7 +359,7 @@ class ChatSession:
         metrics = running.metrics(model=draft.model, turn=number, conversation=conversation.id)
         turn = replace(
             draft,
-            messages=(*draft.messages, running.message),
+            messages=(*draft.messages, *running.messages),
             interrupted=metrics.finish_reason in ("cancelled", "interrupted", "error"),
             metrics=metrics.to_dict(),
         )
@@ -401,10 +411,11 @@ class ChatSession:
 
     # Plans.
 
-    def _ask_plan(self, prompt: Prompt, cell: CellRef | None, append: bool) -> _Plan:
+    def _ask_plan(self, prompt: Prompt, cell: CellRef | None, append: bool, tools: Any) -> _Plan:
         message = user_message(prompt)
         cell = cell or CellRef()
-        return _Plan(message, self._conversation.place(message.text, cell, append=append), cell)
+        parent_id = self._conversation.place(message.text, cell, append=append)
+        return _Plan(message, parent_id, cell, tools_of(tools))
 
     def _again_plan(self, number: int | None, prompt: Prompt | None = None) -> _Plan:
         turn = self._conversation.turn_at(number)

@@ -74,6 +74,13 @@ class PrefillProgress:
     queued_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class EngineNotice:
+    """What the person should know about this answer, in a sentence; never part of it."""
+
+    text: str
+
+
 class BaseCompletion:
     """The end of an answer: the whole message and what it took."""
 
@@ -139,7 +146,7 @@ class Completion(BaseCompletion):
         )
 
 
-StreamEvent = TextDelta | str | ReasoningDelta | ToolCallDelta | PrefillProgress | BaseCompletion
+StreamEvent = TextDelta | str | ReasoningDelta | ToolCallDelta | PrefillProgress | EngineNotice | BaseCompletion
 
 
 @dataclass(frozen=True, slots=True)

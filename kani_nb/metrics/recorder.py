@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, overload
 
 
@@ -33,6 +33,7 @@ class GenerationMetrics:
         placement: share of the weights' bytes by device, `{"cuda:0": 0.62, "cpu": 0.38}`; empty where it is not known.
         spilled_bytes: what the driver has put into main memory by itself, at least (Windows, WSL).
         seed: what the answer was sampled with; the same seed gives the same answer.
+        steps: generations that the turn took: one, and one more after each round of tool calls.
         finish_reason: `stop`, `length`, `tool_calls`, `cancelled` (stopped), `interrupted` or `error`.
     """
 
@@ -57,6 +58,7 @@ class GenerationMetrics:
     max_context_size: int | None = None
     finish_reason: str = ""
     seed: int | None = None
+    steps: int = 1
     conversation: str = ""
     started_at: float = 0.0
 
@@ -68,6 +70,33 @@ class GenerationMetrics:
     def from_dict(cls, record: dict[str, Any]) -> GenerationMetrics:
         """The metrics that `to_dict` described; unknown keys of newer versions are dropped."""
         return cls(**{key: record[key] for key in cls.__dataclass_fields__ if key in record})
+
+
+def combined(steps: Sequence[GenerationMetrics]) -> GenerationMetrics:
+    """Several generations of one turn as one record: times and tokens summed, the prompt that of the last.
+
+    The time to the first text is that of the first generation; the time per token is the mean over all.
+    """
+    if len(steps) == 1:
+        return steps[0]
+    last = steps[-1]
+    timed = [(each.tpot_s, each.completion_tokens - 1) for each in steps if each.tpot_s and each.completion_tokens]
+    tokens = sum(count for _, count in timed)
+    tpot_s = sum(seconds * count for seconds, count in timed) / tokens if tokens else None
+    generated = [each.completion_tokens for each in steps if each.completion_tokens is not None]
+    peaks = [each.peak_bytes for each in steps if each.peak_bytes is not None]
+    return replace(
+        last,
+        ttft_s=steps[0].ttft_s,
+        tpot_s=tpot_s,
+        tokens_per_s=1 / tpot_s if tpot_s else None,
+        duration_s=sum(each.duration_s for each in steps),
+        queued_s=sum(each.queued_s for each in steps),
+        completion_tokens=sum(generated) if generated else None,
+        peak_bytes=max(peaks, default=None),
+        started_at=steps[0].started_at,
+        steps=len(steps),
+    )
 
 
 Listener = Callable[[GenerationMetrics], None]

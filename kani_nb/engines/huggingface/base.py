@@ -12,14 +12,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kani_nb._frames import release_frames
 from kani_nb.config import EngineConfig, check_limits
 from kani_nb.engines.base import (
-    BaseEngine,
     EngineMemory,
+    EngineNotice,
     LoadProgress,
     ProgressCallback,
     StreamEvent,
@@ -31,6 +30,7 @@ from kani_nb.engines.huggingface.arguments import (
     read_arguments,
     split_arguments,
 )
+from kani_nb.engines.huggingface.keeping import KeepsWeights
 from kani_nb.engines.huggingface.prepared import Prepared
 from kani_nb.engines.worker import Slot, iterate_in_thread, run_in_thread
 from kani_nb.errors import GenerationError, KaniNbError, ModelUnavailableError
@@ -50,7 +50,7 @@ _CHANGED = ("model", "max_context_size", "device_map")
 T = TypeVar("T")
 
 
-class HuggingEngine(BaseEngine):
+class HuggingEngine(KeepsWeights):
     """A model on the Hugging Face Hub, in a folder, or in a GGUF file, run by transformers in this process.
 
     Args:
@@ -292,76 +292,6 @@ class HuggingEngine(BaseEngine):
 
         await asyncio.to_thread(free_memory)
 
-    # -- keeping ---------------------------------------------------------------------------------------------------
-
-    async def save(self, folder: str | Path) -> Path:
-        """Write the model as it was loaded, with its tokenizer, into a new or empty folder; the folder.
-
-        It loads again from there without any argument, and answers in the same way.
-
-        Raises:
-            ConfigError: the folder is not empty, or cannot be written.
-            EngineError: what was loaded can no longer be had exactly; it says why.
-        """
-        from kani_nb.engines.huggingface import saving
-
-        return await self._with_weights(
-            "saving",
-            lambda loaded: saving.save_model(loaded.model, loaded.tokenizer, Path(folder), **self._origin_of(loaded)),
-        )
-
-    async def push_to_hub(self, repo_id: str, *, private: bool = False, commit_message: str | None = None) -> str:
-        """Put what `save` writes into a repository of the Hub, which is made if need be; its address.
-
-        Cancelling returns at once; an upload that has begun goes on, and changes nothing there before it is whole.
-
-        Raises:
-            ConfigError, EngineError: as `save`.
-            GatedModelError, ModelUnavailableError: the Hub refuses, or cannot be reached.
-        """
-        from kani_nb.engines.huggingface import saving
-
-        token = self._asked.token
-        ready = await self._with_weights(
-            "saving",
-            lambda loaded: saving.prepare_push(
-                loaded.model, loaded.tokenizer, repo_id, token=token, **self._origin_of(loaded)
-            ),
-            discard=saving.ReadyPush.discard,
-        )
-
-        # The engine may answer meanwhile.
-        return await run_in_thread(lambda _: ready.send(private, commit_message), name="kani-nb-push")
-
-    def _origin_of(self, loaded: LoadedModel) -> dict[str, Any]:
-        from kani_nb.engines.huggingface.loading import origin_of
-
-        has_changed = self._weights is not None and self._weights.have_changed
-        return {**origin_of(self._prepared.request(), loaded), "weights_changed": has_changed}
-
-    async def log_probs(self, ids: Sequence[int]) -> Any:
-        """What the model expects after each of `ids`: natural-log probabilities `(T, V) float32` on the CPU.
-
-        Raises:
-            PromptTooLongError, ConfigError, GenerationError, OutOfMemoryError: as their names say.
-        """
-        from kani_nb.engines.huggingface.probing import log_probs
-
-        return await self._with_weights("reading a text", lambda loaded: log_probs(loaded, ids))
-
-    async def _with_weights(
-        self, doing: str, work: Callable[[LoadedModel], T], discard: Callable[[T], None] | None = None
-    ) -> T:
-        """What `work` makes of the loaded model, in a thread that holds the slot."""
-        if self._loaded is None:
-            await self.load()
-
-        def run(cancelled: threading.Event) -> T:
-            with self._in_use(cancelled, doing), self._prepared.tokenizer_lock:
-                return work(self._parts()[0])
-
-        return await run_in_thread(run, name="kani-nb-work", slot=self.slot, discard=discard)
-
     # -- prompts ---------------------------------------------------------------------------------------------------
 
     def build_prompt(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> Any:
@@ -429,10 +359,13 @@ class HuggingEngine(BaseEngine):
         with self._in_use(stop, "answering"):
             loaded, cache, memory = self._parts()
             ids = self.prompt_ids(messages, functions)
-            Generation(loaded, ids, params, cache, memory, stop).run(emit, queued_s)
+            if functions and self._prepared.ignores_tools:
+                emit(EngineNotice(f"the chat template of {self.model_id} ignores tools: they are described in words"))
+            read_by = self._prepared.reader(ids, functions)
+            Generation(loaded, ids, params, cache, memory, stop, read_by).run(emit, queued_s)
 
     @contextmanager
-    def _in_use(self, stop: threading.Event, doing: str) -> Iterator[None]:
+    def _in_use(self, stop: threading.Event, doing: str) -> Iterator[LoadedModel]:
         """While the model computes, in the thread that holds the slot: `close` waits for the end."""
         from kani_nb.engines.huggingface.using import in_use
 
@@ -444,7 +377,7 @@ class HuggingEngine(BaseEngine):
             assert weights is not None
             with in_use(loaded, cache, weights, self.model_id, doing) as now:
                 self._loaded = now
-                yield
+                yield now
         finally:
             self._running = None
             has_ended.set()

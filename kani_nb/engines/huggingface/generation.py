@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from kani_nb.engines.base import Completion, FinishReason, PrefillProgress, StreamEvent, TextDelta
+from kani_nb.engines.base import Completion, FinishReason, PrefillProgress, StreamEvent
 from kani_nb.engines.huggingface.driving import CacheMode, Driving, forward
+from kani_nb.engines.huggingface.parsers import ReadBy
 from kani_nb.engines.huggingface.placing import Placing
 from kani_nb.engines.huggingface.prefix_cache import CacheEntry, PrefixCache
 from kani_nb.engines.huggingface.prompting import AnswerMemory
 from kani_nb.engines.huggingface.sampling import Sampler
 from kani_nb.engines.huggingface.text_stream import Detokenizer, StopStrings
+from kani_nb.engines.parsers import PlainReader
 from kani_nb.errors import PromptTooLongError
 from kani_nb.generation_params import GenerationParams
 from kani_nb.messages import ChatMessage
@@ -98,6 +100,7 @@ class Generation:
         cache: states of earlier prompts.
         memory: ids of earlier answers.
         stop: set by whoever no longer wants the answer.
+        read_by: takes the answer apart into text, reasoning and calls; None where it is just text.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Generation:
         cache: PrefixCache,
         memory: AnswerMemory,
         stop: threading.Event,
+        read_by: ReadBy | None = None,
     ) -> None:
         room = loaded.context_tokens - len(ids)
         if room < 1:
@@ -124,6 +128,7 @@ class Generation:
         self._cache = cache
         self._memory = memory
         self._stop = stop
+        self._read_by = read_by
         self._seen: Any = None
         self._eos_ids = params.eos_token_id or loaded.eos_ids
         self._sampler = Sampler(params, loaded.model.generation_config, self._eos_ids, loaded.device)
@@ -143,7 +148,7 @@ class Generation:
             with torch.inference_mode():
                 emit(PrefillProgress(cached, self._prompt_tokens, cached, queued_s))
                 logits = self._prefill(entry, emit, cached)
-                text, reason = ("", FinishReason.CANCELLED) if logits is None else self._decode(entry, logits, emit)
+                message, reason = self._decode(entry, logits, emit)
         except BaseException:
             self._cache.drop(entry)
             raise
@@ -155,7 +160,7 @@ class Generation:
                 self._memory.remember(self._ids)
         emit(
             Completion(
-                ChatMessage.assistant(text),
+                message,
                 self._prompt_tokens,
                 generated,
                 cached_tokens=cached,
@@ -194,18 +199,19 @@ class Generation:
             entry.chunks.append((0, len(self._ids)))
         return self._forward(entry, self._ids[len(entry.ids) :])
 
-    def _decode(self, entry: CacheEntry, logits: Any, emit: Emit) -> tuple[str, FinishReason]:
-        detokenizer = Detokenizer(self._loaded.tokenizer, self._ids, self._loaded.tokenizer_lock)
+    def _decode(self, entry: CacheEntry, logits: Any, emit: Emit) -> tuple[ChatMessage, FinishReason]:
+        """The answer after the prompt, whose logits these are; None if it is no longer wanted."""
+        kept_ids = self._read_by.kept_ids if self._read_by is not None else frozenset()
+        detokenizer = Detokenizer(self._loaded.tokenizer, self._ids, self._loaded.tokenizer_lock, kept_ids)
         stops = StopStrings(self._params.stop_strings)
-        said: list[str] = []
+        reader = self._read_by.reader if self._read_by is not None else PlainReader()
 
         def say(text: str) -> None:
-            if text:
-                said.append(text)
-                emit(TextDelta(text, len(self._ids) - self._prompt_tokens))
+            for event in reader.push(text, len(self._ids) - self._prompt_tokens) if text else ():
+                emit(event)
 
-        reason = FinishReason.LENGTH
-        for number in range(self._limit):
+        reason = FinishReason.LENGTH if logits is not None else FinishReason.CANCELLED
+        for number in range(self._limit if logits is not None else 0):
             if self._stop.is_set():
                 reason = FinishReason.CANCELLED
                 break
@@ -222,7 +228,12 @@ class Generation:
                 logits = self._step(entry)
         if not stops.is_found:
             say(stops.push(detokenizer.finish()) + stops.finish())
-        return "".join(said), reason
+        for event in reader.finish():
+            emit(event)
+        message = reader.message
+        if message.tool_calls and reason is FinishReason.STOP:
+            reason = FinishReason.TOOL_CALLS
+        return message, reason
 
     def _ids_tensor(self) -> Any:
         """All ids so far, `(1, T) int64`, for the processors that look back; None where none does."""

@@ -16,6 +16,7 @@ from kani_nb.hardware.shapes import ModelShape
 from kani_nb.messages import ChatMessage
 
 if TYPE_CHECKING:
+    from kani_nb.engines.huggingface.parsers import ReadBy
     from kani_nb.engines.huggingface.prompting import AnswerMemory, ChatTemplate
 
 
@@ -128,3 +129,18 @@ class Prepared:
         self.tokenizer()
         assert self._template is not None
         return self._template.encode(messages, functions)
+
+    @property
+    def ignores_tools(self) -> bool:
+        """Whether the chat template says nothing of tools, so that they are described in words."""
+        self.tokenizer()
+        assert self._template is not None
+        return self._template.ignores_tools
+
+    def reader(self, prompt_ids: Sequence[int], functions: Sequence[Any] | None) -> ReadBy | None:
+        """What takes an answer to this prompt apart; None where it is just text."""
+        from kani_nb.engines.huggingface.parsers import reader_for
+
+        tokenizer = self.tokenizer()
+        with self.tokenizer_lock:
+            return reader_for(tokenizer, prompt_ids, functions)

@@ -14,11 +14,24 @@ from collections.abc import Callable, Mapping, Sequence
 from json import JSONDecodeError
 from typing import Any
 
+from kani_nb.engines.described_tools import with_described_tools
 from kani_nb.errors import PromptError
-from kani_nb.messages import ChatMessage, ChatRole, MediaPart
+from kani_nb.functions import tool_schemas
+from kani_nb.messages import ChatMessage, ChatRole, MediaPart, ToolCall
 
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _TEMPLATE_ROLES = {ChatRole.FUNCTION: "tool"}
+#: Shown to a template once, to see whether it takes notice of tools.
+_PROBE = [
+    {
+        "type": "function",
+        "function": {
+            "name": "kani_probe",
+            "description": "?",
+            "parameters": {"type": "object", "properties": {}, "required": []},
+        },
+    }
+]
 
 
 def template_records(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -38,17 +51,26 @@ def template_records(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
         else:
             record["content"] = check_text(message.text)
         if message.tool_calls:
-            calls = [(call.id, call.function) for call in message.tool_calls]
             record["tool_calls"] = [
-                {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": call.kwargs}}
-                for call_id, call in calls
+                {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": _read(call)}}
+                for call in message.tool_calls
             ]
+        if message.reasoning:
+            record["reasoning_content"] = message.reasoning
         if message.name is not None:
             record["name"] = message.name
         if message.tool_call_id is not None:
             record["tool_call_id"] = message.tool_call_id
         records.append(record)
     return records
+
+
+def _read(call: ToolCall) -> Any:
+    """The arguments as templates want them; what is not JSON as the model wrote it, for it to see."""
+    try:
+        return call.function.kwargs
+    except JSONDecodeError:
+        return call.function.arguments
 
 
 def check_text(text: str) -> str:
@@ -81,20 +103,24 @@ class ChatTemplate:
         self._kwargs = dict(template_kwargs or {})
         accepted = inspect.signature(tokenizer.apply_chat_template).parameters
         self._can_sanitize = "sanitize_control_tokens" in accepted
+        self._ignores_tools: bool | None = None
 
-    def encode(self, messages: Sequence[ChatMessage], tools: Sequence[Any] | None = None) -> list[int]:
+    @property
+    def ignores_tools(self) -> bool:
+        """Whether the template says nothing of the tools it is given."""
+        if self._ignores_tools is None:
+            self._ignores_tools = self._rendered_with(_PROBE) == self._rendered_with(None)
+        return self._ignores_tools
+
+    def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
         """The prompt's token ids, ready for the model's answer.
+
+        A template that ignores tools gets them in words: see `kani_nb.engines.described_tools`.
 
         Raises:
             PromptError: there is no template, or it refuses these messages.
         """
-        from jinja2 import TemplateError
-
-        try:
-            records = template_records(messages)
-        except JSONDecodeError as error:
-            raise PromptError("a tool call's arguments are not JSON", why=str(error), fix="%chat undo") from None
-        if not records:
+        if not messages:
             raise PromptError("there is no message to answer")
         if getattr(self._tokenizer, "chat_template", None) is None:
             raise PromptError(
@@ -102,7 +128,22 @@ class ChatTemplate:
                 why="it is a base model, which continues text and was not taught to chat",
                 fix="%load_engine an instruct or chat variant of it, for example smollm2",
             )
-        options: dict[str, Any] = {"tools": list(tools) if tools else None, **self._kwargs}
+        tools = tool_schemas(functions)
+        has_calls = any(each.tool_calls or each.role is ChatRole.FUNCTION for each in messages)
+        if (tools or has_calls) and self.ignores_tools:
+            try:
+                return self._encoded(with_described_tools(messages, tools), None)
+            except PromptError as error:
+                if "system" not in error.why.lower():
+                    raise
+            return self._encoded(with_described_tools(messages, tools, takes_system=False), None)
+        return self._encoded(messages, tools or None)
+
+    def _encoded(self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None) -> list[int]:
+        from jinja2 import TemplateError
+
+        records = template_records(messages)
+        options: dict[str, Any] = {"tools": tools, **self._kwargs}
         try:
             ids = self._apply(records, options)
         except TemplateError as error:
@@ -116,6 +157,19 @@ class ChatTemplate:
                 f"the chat template of {self._name} failed on these messages", why=f"{type(error).__name__}: {error}"
             ) from error
         return [int(token) for token in ids]
+
+    def _rendered_with(self, tools: list[dict[str, Any]] | None) -> str:
+        """A short prompt as text; empty where the template fails on it."""
+        from jinja2 import TemplateError
+
+        options = {"tools": tools, "add_generation_prompt": True, **self._kwargs}
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": "?"}], tokenize=False, **options
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+            return ""
+        return text
 
     def _apply(self, records: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
         apply = self._tokenizer.apply_chat_template

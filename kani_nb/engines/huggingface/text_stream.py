@@ -20,13 +20,24 @@ class Detokenizer:
 
     Each step decodes only a short window: the tokens of the last piece, for the spaces that depend on what stands
     before, and those not shown yet.
+
+    Args:
+        tokenizer: with `decode`.
+        prompt_ids: what stands before.
+        lock: entered for every use of the tokenizer.
+        kept_ids: special tokens that are given as text all the same.
     """
 
     def __init__(
-        self, tokenizer: Any, prompt_ids: Sequence[int] = (), lock: AbstractContextManager[Any] | None = None
+        self,
+        tokenizer: Any,
+        prompt_ids: Sequence[int] = (),
+        lock: AbstractContextManager[Any] | None = None,
+        kept_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._lock = lock or nullcontext()
+        self._kept_ids = kept_ids
         # A few tokens of the prompt settle whether the first word keeps its space.
         self._ids = list(prompt_ids[-4:])
         self._start = 0
@@ -41,8 +52,18 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is unfinished."""
+        if token_id in self._kept_ids:
+            return self.finish() + self._kept(token_id)
         self._ids.append(token_id)
         return self._advance(is_final=False)
+
+    def _kept(self, token_id: int) -> str:
+        """A special token as text; what follows is decoded as if it stood after it."""
+        self._ids.append(token_id)
+        self._start = self._shown = len(self._ids)
+        with self._lock:
+            text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
 
     def finish(self) -> str:
         """What is left, with a replacement character for bytes that never became one."""

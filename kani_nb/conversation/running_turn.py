@@ -1,0 +1,172 @@
+"""One turn while it is answered: a generation, the calls it asks for, and so on until there is an answer.
+
+The user's message, every step and the answer belong to one turn, so that they are committed together. How one
+generation is read and timed is `round`, how one call is run `tools`; what is committed is `session`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from kani_nb.conversation.reply import Notice
+from kani_nb.conversation.round import Round, RoundRequest
+from kani_nb.conversation.tools import MAX_FAILURES, Host, ToolRunner, Tools, ToolStep, not_run
+from kani_nb.engines.base import StreamEvent
+from kani_nb.messages import ChatMessage, ToolCall
+from kani_nb.metrics.recorder import GenerationMetrics, combined
+
+TurnEvent = StreamEvent | Notice | ToolStep
+
+
+@dataclass(slots=True)
+class RunningTurn:
+    """One turn on its way. Everything but `stop` belongs to the event loop.
+
+    Attributes:
+        request: what is asked of the engine first; what tools gave is added to it.
+        tools: what the model may call; None where it may call nothing.
+        host: where functions run.
+        stop_reason: `cancelled` or `interrupted` once somebody asked for the end; `error` where memory ran out.
+    """
+
+    request: RoundRequest
+    loop: asyncio.AbstractEventLoop
+    tools: Tools | None = None
+    host: Host | None = None
+    stop_reason: str = ""
+    started_at: float = field(default_factory=time.time)
+    _steps: list[ChatMessage] = field(default_factory=list)
+    _notices: list[Notice] = field(default_factory=list)
+    _rounds: list[Round] = field(default_factory=list)
+    _calling: asyncio.Task[ToolStep] | None = None
+
+    def stop(self, reason: str) -> bool:
+        """End the turn as it is. Called from any thread; False when it has ended or was stopped already."""
+        if self.stop_reason:
+            return False
+        current = self._rounds[-1] if self._rounds else None
+        if current is not None and current.completion is not None and not self._goes_on(current):
+            return False
+        self.stop_reason = reason
+        if current is not None:
+            current.stop(reason)
+        try:
+            self.loop.call_soon_threadsafe(self._cancel_call)
+        except RuntimeError:  # the loop is closed, and nothing runs on it any more
+            return False
+        return True
+
+    def _cancel_call(self) -> None:
+        if self._calling is not None:
+            self._calling.cancel()
+
+    def _is_stopped(self) -> bool:
+        return bool(self.stop_reason)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything of an answer is there."""
+        return bool(self._steps) or (bool(self._rounds) and self._rounds[-1].has_begun)
+
+    @property
+    def message(self) -> ChatMessage:
+        """The model's latest message: whole, or as far as it came."""
+        if self._rounds and (self._rounds[-1].has_begun or not self._steps):
+            return self._rounds[-1].message
+        spoken = [each for each in self._steps if each.tool_calls]
+        return spoken[-1] if spoken else ChatMessage.assistant("")
+
+    @property
+    def messages(self) -> tuple[ChatMessage, ...]:
+        """Everything after the user's message so far."""
+        current = self._rounds[-1] if self._rounds else None
+        if current is None or (self._steps and (not current.has_begun or current.message in self._steps)):
+            return tuple(self._steps)
+        return (*self._steps, current.message)
+
+    @property
+    def notices(self) -> list[Notice]:
+        """What the person should know."""
+        return [*self._notices, *(each for one in self._rounds for each in one.notices)]
+
+    async def events(self) -> AsyncGenerator[TurnEvent]:
+        """Everything of the turn as it comes: what engines send, and a `ToolStep` for each call that has ended.
+
+        Closing or cancelling this ends the turn. Raises what `Round.events` raises.
+        """
+        runner = ToolRunner(self.tools, self.host) if self.tools is not None and self.host is not None else None
+        failures = calls_made = 0
+        while True:
+            may_call = runner is not None and failures < MAX_FAILURES and calls_made < runner.tools.max_steps
+            current = self._next_round(may_call=may_call)
+            async with aclosing(current.events()) as events:
+                async for event in events:
+                    yield event
+            if self._is_stopped() or runner is None or not self._goes_on(current):
+                return
+            self._steps.append(current.message)
+            ended: list[ToolStep] = []
+            async with aclosing(self._call_all(runner, current.message.tool_calls or ())) as steps:
+                async for step in steps:
+                    ended.append(step)
+                    yield step
+            if self._is_stopped() or any(step.ends_round and not step.is_error for step in ended):
+                return
+            calls_made += 1
+            failures = failures + 1 if all(step.is_error for step in ended) else 0
+            if any(step.is_error and not step.may_retry for step in ended):
+                failures = MAX_FAILURES
+            if failures == MAX_FAILURES or calls_made == runner.tools.max_steps:
+                why = "its calls kept failing" if failures == MAX_FAILURES else f"it has called {calls_made} times"
+                notice = Notice(f"the model must answer without tools now: {why}")
+                self._notices.append(notice)
+                yield notice
+
+    @staticmethod
+    def _goes_on(current: Round) -> bool:
+        """Whether calls follow what this generation said; one that was offered no function can call none."""
+        return bool(current.request.functions and current.message.tool_calls)
+
+    def _next_round(self, *, may_call: bool) -> Round:
+        functions = self.tools.enabled if self.tools is not None and may_call else ()
+        pending = (*self.request.pending, *self._steps)
+        current = Round(replace(self.request, pending=pending, functions=functions), self.loop)
+        self._rounds.append(current)
+        if self.stop_reason:
+            current.stop(self.stop_reason)
+        return current
+
+    async def _call_all(self, runner: ToolRunner, calls: Sequence[ToolCall]) -> AsyncGenerator[ToolStep]:
+        """The calls of one message, one after the other: they share the main thread, and the person who is asked."""
+        for call in calls:
+            step = not_run(call)
+            if not self.stop_reason:
+                self._calling = asyncio.create_task(runner.run(call), name="kani-nb-tool")
+                try:
+                    await asyncio.wait({self._calling})
+                except asyncio.CancelledError:
+                    self._calling.cancel()
+                    self._steps += [not_run(each).result for each in calls[calls.index(call) :]]
+                    raise
+                if not self._calling.cancelled():
+                    step = self._calling.result()
+                self._calling = None
+            self._steps.append(step.result)
+            yield step
+
+    async def measure_memory(self) -> None:
+        """Ask the engine what it holds now, and its device what is left."""
+        if self._rounds:
+            await self._rounds[-1].measure_memory()
+
+    def metrics(self, *, model: str, turn: int, conversation: str) -> GenerationMetrics:
+        """What the whole turn took: that of its generations together."""
+        if self._rounds and self.stop_reason:
+            self._rounds[-1].stop_reason = self._rounds[-1].stop_reason or self.stop_reason
+        each = [one.metrics(model=model, turn=turn, conversation=conversation) for one in self._rounds]
+        whole = combined(each)
+        return replace(whole, finish_reason=self.stop_reason) if self.stop_reason else whole
