@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from kani_nb.engines.base import BaseCompletion, BaseEngine, Completion, TextDelta
     from kani_nb.engines.echo import EchoEngine
     from kani_nb.engines.huggingface import HuggingEngine
+    from kani_nb.engines.prompts import PromptPipeline
     from kani_nb.errors import KaniNbError
+    from kani_nb.functions import ai_function
     from kani_nb.messages import ChatMessage, ChatRole, ToolCall
     from kani_nb.metrics.recorder import GenerationMetrics
 
@@ -32,9 +34,11 @@ _HOMES = {
     "GenerationParams": "kani_nb.generation_params",
     "HuggingEngine": "kani_nb.engines.huggingface",
     "KaniNbError": "kani_nb.errors",
+    "PromptPipeline": "kani_nb.engines.prompts",
     "Runtime": "kani_nb._runtime",
     "TextDelta": "kani_nb.engines.base",
     "ToolCall": "kani_nb.messages",
+    "ai_function": "kani_nb.functions",
     "runtime": "kani_nb._runtime",
 }
 
@@ -50,9 +54,11 @@ __all__ = [
     "GenerationParams",
     "HuggingEngine",
     "KaniNbError",
+    "PromptPipeline",
     "Runtime",
     "TextDelta",
     "ToolCall",
+    "ai_function",
     "runtime",
 ]
 

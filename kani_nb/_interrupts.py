@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -59,6 +61,22 @@ class InterruptGuard:
     def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
         if self._arrived - self._taken >= _PATIENCE:
             raise KeyboardInterrupt
+        self._arrived += 1
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Let interrupts raise as usual for a while: something runs that they may end at any point."""
+        if self._previous is None:
+            yield
+            return
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self._on_signal)
+
+    def note(self) -> None:
+        """Count an interrupt that was met elsewhere."""
         self._arrived += 1
 
     @property

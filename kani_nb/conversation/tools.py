@@ -58,7 +58,7 @@ class WorkerHost:
 
     async def run(self, call: Callable[[], Any]) -> Any:
         """See `Host.run`; a thread cannot be ended from outside, so a cancelled call goes on unseen."""
-        return await run_in_thread(lambda _: (call(),), name="kani-nb-tool")
+        return await run_in_thread(lambda _: call(), name="kani-nb-tool")
 
     async def ask(self, question: str) -> str:
         """See `Host.ask`."""
@@ -178,7 +178,7 @@ class ToolRunner:
                 if function.is_async:
                     value = await _run_async(lambda: function.inner(**arguments))
                 else:
-                    (value,) = await self.host.run(lambda: function.inner(**arguments))
+                    value = await self.host.run(lambda: function.inner(**arguments))
             content = result_text(value)
         except TimeoutError as error:
             why = f"took longer than {function.timeout_s:g} s" if limit.expired() else _in_words(error)
@@ -250,16 +250,15 @@ async def _run_async(start: Callable[[], Any]) -> Any:
 
     def work(_: threading.Event) -> Any:
         try:
-            return (asyncio.run(main()),)
+            return asyncio.run(main())
         except asyncio.CancelledError as error:
             raise RuntimeError("it was cancelled") from error
 
     try:
-        (value,) = await run_in_thread(work, name="kani-nb-tool")
+        return await run_in_thread(work, name="kani-nb-tool")
     except asyncio.CancelledError:
         if ready.is_set():
             loop, task = running[0]
             if not loop.is_closed():
                 loop.call_soon_threadsafe(task.cancel)
         raise
-    return value

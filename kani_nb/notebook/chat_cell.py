@@ -12,9 +12,10 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from kani_nb._interrupts import Interrupted, InterruptGuard
-from kani_nb._waiting import Call, do_nothing
+from kani_nb._waiting import Call
 from kani_nb.errors import GenerationError
 from kani_nb.messages import MessagePart
+from kani_nb.notebook.main_thread import MainThreadHost
 
 if TYPE_CHECKING:
     from kani_nb._loop import LoopThread
@@ -29,6 +30,8 @@ def run_answer(
     session: ChatSession,
     open_stream: OpenStream,
     make_view: Callable[[], StreamView | None],
+    *,
+    can_ask: bool = False,
 ) -> ChatReply:
     """Run one round to its end on the calling thread, and return its reply.
 
@@ -37,6 +40,7 @@ def run_answer(
         session: whose `interrupt` ends the round.
         open_stream: makes the session's stream, on the loop.
         make_view: opens the output, which is pumped while waiting; None for a quiet round.
+        can_ask: the front end shows what `input()` asks.
 
     Raises:
         Interrupted: an interrupt came; what there was of the answer has been committed and shown.
@@ -44,10 +48,17 @@ def run_answer(
     """
     with InterruptGuard() as guard:
         view = make_view()
-        pump = do_nothing if view is None else view.pump
+        host = MainThreadHost(guard, can_ask=can_ask)
+
+        def pump() -> None:
+            host.pump()
+            if view is not None:
+                view.pump()
+
         call = None
         reply: ChatReply | None = None
         failure: BaseException | None = None
+        host_before, session.host = session.host, host
         try:
             call = Call(loop, _consume(open_stream, view), guard, pump=pump, ask_to_end=session.interrupt)
             reply = call.result()
@@ -55,6 +66,7 @@ def run_answer(
             failure = error
             raise
         finally:
+            session.host = host_before
             if view is not None:
                 view.finish(reply, failure)
         if call.was_interrupted or guard.take():

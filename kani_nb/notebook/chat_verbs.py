@@ -14,6 +14,7 @@ from kani_nb.config import split_options
 from kani_nb.errors import ConfigError, ConversationError, PromptError
 from kani_nb.generation_params import GenerationParams
 from kani_nb.metrics.recorder import GenerationMetrics
+from kani_nb.notebook.chat_tools import tools_verb
 from kani_nb.notebook.interpolation import interpolate
 from kani_nb.notebook.shell import front_end
 from kani_nb.notebook.tables import one_line, print_text, text_table
@@ -50,6 +51,7 @@ def chat_verbs(shell: Any, answer: Answer) -> VerbTable:
             Verb("switch N", "go on with branch N", changes.switch),
             Verb("clear", "start over; what was said stays as a branch", changes.clear),
             Verb("system [TEXT|--clear]", "show, set or remove the system prompt", changes.system, takes_text=True),
+            tools_verb(shell),
             Verb("stop", "end the answers that are running", changes.stop),
             Verb("new [NAME]", "start another conversation", keeps.new),
             Verb("list [--all]", "the conversations of this notebook, or of all", keeps.list),
@@ -306,7 +308,7 @@ def _show_turn(turn: Turn) -> None:
     from kani_nb.notebook.render import markdown_to_html
     from kani_nb.notebook.stat_line import stat_line
     from kani_nb.notebook.surface import Surface, SurfaceKind
-    from kani_nb.notebook.transcript import TurnText, prompt_text
+    from kani_nb.notebook.transcript import TurnText, prompt_text, step_texts
 
     text = turn.answer.text if turn.answer is not None else ""
     bundle = TurnText(
@@ -314,6 +316,8 @@ def _show_turn(turn: Turn) -> None:
         answer=text,
         answer_html=markdown_to_html(text),
         model=turn.model or "Assistant",
+        reasoning="\n\n".join(filter(None, (each.reasoning for each in turn.messages))),
+        steps=step_texts(turn.messages),
         notes=("interrupted",) if turn.interrupted and not turn.metrics else (),
         stat=stat_line(GenerationMetrics.from_dict(turn.metrics)) if turn.metrics else "",
     ).to_bundle()

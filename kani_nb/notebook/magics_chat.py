@@ -16,11 +16,12 @@ from kani_nb.config import split_options
 from kani_nb.errors import ConfigError, ConversationBusyError, PromptError, StoreError
 from kani_nb.generation_params import GenerationParams
 from kani_nb.notebook.chat_cell import OpenStream, is_blank, prompt_of, run_answer
+from kani_nb.notebook.chat_tools import add_tool_options, tools_named
 from kani_nb.notebook.chat_verbs import chat_verbs
 from kani_nb.notebook.interpolation import interpolate
 from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.notebook.settings import KaniNB
-from kani_nb.notebook.shell import cell_ref, ends_source, front_end
+from kani_nb.notebook.shell import can_ask, cell_ref, ends_source, front_end
 from kani_nb.notebook.short_errors import short_errors
 from kani_nb.notebook.stats import figure_of, metrics_of
 from kani_nb.notebook.tables import print_text
@@ -40,6 +41,7 @@ _EXAMPLES = r"""Examples:
   %%chat --system "Answer in one word."     from this turn on
   %%chat --to poems                         in the conversation of that name, for this cell
   %%chat --engine second --into reply       by another loaded engine; the answer is in reply.text too
+  %%chat --tools weather,convert            the model may call these functions of the notebook
 
 Running the cell again replaces its turn; --append adds another. %chat help lists the verbs.
 """
@@ -59,6 +61,8 @@ def chat_parser() -> LineParser:
     parser.add_argument("--to", metavar="CONVERSATION", help="in this conversation, which is started if there is none")
     parser.add_argument("--system", metavar="TEXT", help="set the conversation's system prompt")
     parser.add_argument("--into", metavar="VARIABLE", help="assign the reply to a variable")
+    parser.add_argument("--tools", metavar="F,G", help="functions of this notebook that the model may call")
+    add_tool_options(parser)
     parser.add_argument("--quiet", action="store_true", help="show nothing")
     parser.add_argument("--help", "-h", action="store_true", help="show this")
     for option in GENERATION_OPTIONS:
@@ -123,13 +127,16 @@ class ChatMagics(Magics):
             raise PromptError(
                 "the prompt is empty", why="nothing stands below %%chat", fix="write what you want to ask"
             )
+        tools = None
+        if args.tools is not None:
+            tools = tools_named(args.tools, self.shell.user_ns, args.approve, args.max_steps)
         ref = cell_ref(self.shell)
         # Nobody runs a cell again in a terminal: what is typed there twice was meant twice.
         append = args.append or not front_end(self.shell).has_kernel
         with _chosen(rt, args.to, args.engine) as session, _system(session, args.system):
             reply = self.answer(
                 session,
-                lambda: session.stream(prompt, cell=ref, append=append, **params),
+                lambda: session.stream(prompt, cell=ref, append=append, tools=tools, **params),
                 prompt,
                 is_quiet=args.quiet,
             )
@@ -150,7 +157,7 @@ class ChatMagics(Magics):
         def make_view() -> StreamView | None:
             return None if is_quiet else self._view(session, prompt, rt.engine_name)
 
-        return run_answer(rt.loop, session, open_stream, make_view)
+        return run_answer(rt.loop, session, open_stream, make_view, can_ask=can_ask(self.shell))
 
     def _view(self, session: ChatSession, prompt: Prompt, model: str) -> StreamView:
         from kani_nb.notebook.stream_view import StreamView

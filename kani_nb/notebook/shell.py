@@ -59,6 +59,12 @@ def cell_ref(shell: Any) -> CellRef:
     return CellRef(cell_id=str(cell_id) if cell_id else None, execution_id=str(execution_id))
 
 
+def can_ask(shell: Any) -> bool:
+    """Whether `input()` reaches a person: the execute request says so, where there is a kernel."""
+    kernel = getattr(shell, "kernel", None)
+    return kernel is None or bool(getattr(kernel, "_allow_stdin", True))
+
+
 def ends_source(shell: Any, prompt: str) -> bool:
     """Whether the running cell is a `%%chat` whose source ends with `prompt`, so that it can be read there."""
     source = str((_request(shell).get("content") or {}).get("code") or "").rstrip()

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from kani_nb.conversation.tools import ToolStep
 from kani_nb.engines.base import BaseCompletion, PrefillProgress, ReasoningDelta, TextDelta, ToolCallDelta
 from kani_nb.messages import MessagePart
 from kani_nb.notebook.render import GrowingMarkdown, markdown_to_html
 from kani_nb.notebook.stat_line import stat_line
 from kani_nb.notebook.surface import Surface, SurfaceKind
-from kani_nb.notebook.transcript import TurnText, prompt_text, shortened
+from kani_nb.notebook.transcript import StepText, TurnText, prompt_text, shortened, step_texts
 
 if TYPE_CHECKING:
     from kani_nb.figures.bundle import FigureBundle
@@ -71,6 +72,7 @@ class StreamView:
         self._pieces: list[str] = []
         self._reasoning: list[str] = []
         self._calls: dict[int, list[str]] = {}
+        self._steps: list[StepText] = []
         self._notices: list[str] = []
         self._prefill: PrefillProgress | None = None
         self._reply: Any = None
@@ -127,7 +129,7 @@ class StreamView:
         error_text = "" if error is None else _UNFINISHED if kept is None else _KEPT
         if self._surface.kind is SurfaceKind.TERMINAL:
             self._print_new()
-            lines = [f"[{each}]\n" for each in (*self._call_lines(), *notices, error_text, stat) if each]
+            lines = [f"[{each}]\n" for each in (*notices, error_text, stat) if each]
             self._surface.write("".join(["\n" * bool(self._printed), *lines]))
             return
         turn = TurnText(
@@ -137,7 +139,8 @@ class StreamView:
             answer_html=markdown_to_html(text),
             model=self._model,
             reasoning="".join(self._reasoning),
-            notes=(*self._call_lines(), *notices),
+            steps=self._called() if reply is None else step_texts(reply.turn.messages),
+            notes=notices,
             error=error_text,
             stat=stat,
             is_prompt_above=self._is_prompt_above,
@@ -183,14 +186,33 @@ class StreamView:
             call = self._calls.setdefault(event.index, ["", ""])
             call[0] += event.name
             call[1] += event.arguments
+        elif isinstance(event, ToolStep):
+            self._take_step(event)
         elif not isinstance(event, BaseCompletion):
             self._reply = event
 
-    def _call_lines(self) -> list[str]:
-        return [shortened(f"calls {name}({arguments})", 500) for name, arguments in self._calls.values()]
+    def _take_step(self, step: ToolStep) -> None:
+        """A call has ended: what was said before it belongs to it, and the answer begins anew."""
+        if self._surface.kind is SurfaceKind.TERMINAL:
+            self._print_new()
+        function = step.call.function
+        text = StepText(function.name, function.arguments, prompt_text(step.result.parts), step.is_error, self.text)
+        self._steps.append(text)
+        self._calls.pop(next(iter(self._calls), -1), None)
+        self._pieces.clear()
+        self._growing = GrowingMarkdown()
+        if self._surface.kind is SurfaceKind.TERMINAL:
+            self._surface.write("\n" * bool(self._printed) + f"[{text.line}]\n")
+            self._printed = 0
+
+    def _called(self) -> tuple[StepText, ...]:
+        """The calls that have ended, and those that run."""
+        return (*self._steps, *(StepText(name, arguments) for name, arguments in self._calls.values()))
 
     def _status(self) -> str:
         """What is happening before the first text, in words."""
+        if self._calls:
+            return f"running {next(iter(self._calls.values()))[0]}"
         if self._pieces:
             return ""
         if self._reasoning:
@@ -204,7 +226,11 @@ class StreamView:
 
     def _state(self) -> tuple[int, int, str]:
         """Changes whenever a frame would."""
-        return (len(self._pieces), len(self._reasoning) + len(self._calls) + len(self._notices), self._status())
+        return (
+            len(self._pieces),
+            len(self._reasoning) + len(self._calls) + len(self._notices) + 2 * len(self._steps),
+            self._status(),
+        )
 
     def _draw(self) -> None:
         started = self._clock()
@@ -219,7 +245,8 @@ class StreamView:
             reasoning="".join(self._reasoning),
             status=self._status(),
             progress=min(1.0, prefill.done_tokens / prefill.total_tokens) if prefill and is_reading else None,
-            notes=(*self._call_lines(), *self._notices),
+            steps=self._called(),
+            notes=tuple(self._notices),
             is_prompt_above=self._is_prompt_above,
         )
         bundle = turn.to_bundle(is_running=True)

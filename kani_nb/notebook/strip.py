@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kani_nb._amounts import in_words
 from kani_nb.metrics.sampler import resident_bytes
+from kani_nb.notebook.shell import can_ask
 from kani_nb.notebook.stat_line import seconds
 from kani_nb.notebook.surface import SurfaceKind, surface_kind
 
@@ -39,7 +40,7 @@ def can_show_strip(shell: Any) -> bool:
     """
     if surface_kind(shell) is not SurfaceKind.LIVE:
         return False
-    return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", True))
+    return can_ask(shell)
 
 
 class LiveStrip:

@@ -36,6 +36,8 @@ _SHEET = """
 .kani-nb-note{border-left:3px solid var(--jp-warn-color1,#b7791f);padding-left:8px;white-space:pre-wrap}
 .kani-nb-error{border-left-color:var(--jp-error-color1,#d64545)}
 .kani-nb details{font-size:13px;color:var(--kn-soft);margin:0 0 6px}.kani-nb details div{white-space:pre-wrap}
+.kani-nb details pre{margin:2px 0 2px 14px;white-space:pre-wrap;background:none;color:inherit}
+.kani-nb-said{white-space:pre-wrap;margin:0 0 4px}
 .kani-nb progress{width:160px;max-width:40%;vertical-align:middle}
 """
 

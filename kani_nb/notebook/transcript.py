@@ -7,17 +7,48 @@ Pure: given what is known of a turn, the same bundle. Whatever the user or the m
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kani_nb.messages import MediaPart, MessagePart
+from kani_nb.messages import ChatMessage, ChatRole, MediaPart, MessagePart
 from kani_nb.notebook import math
 from kani_nb.notebook.render import showable
 from kani_nb.notebook.theme import style_tag
 
 #: An escape sequence would command the terminal that shows the plain text; a lone surrogate cannot be sent.
 _COMMANDING = re.compile("[\x1b\x80-\x9f\ud800-\udfff]")
+#: Characters of a call and of its result that an output holds; the conversation has all of it.
+_LONGEST_RESULT = 4_000
+
+
+@dataclass(frozen=True, slots=True)
+class StepText:
+    """One call of a tool, in words.
+
+    Attributes:
+        name: of the function.
+        arguments: as the model wrote them.
+        result: what the model was told; None while it is not known.
+        is_error: there is no result, and that text says why.
+        said: what the model said before it called.
+    """
+
+    name: str
+    arguments: str
+    result: str | None = None
+    is_error: bool = False
+    said: str = ""
+
+    @property
+    def line(self) -> str:
+        """The call and its result, shortened to a line."""
+        called = f"{self.name}({_brief(_arguments_in_words(self.arguments), 120)})"
+        if self.result is None:
+            return called
+        mark = "failed:" if self.is_error else "→"
+        return f"{called} {mark} {_brief(self.result, 120)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +61,7 @@ class TurnText:
         answer_html: the same as safe HTML.
         model: who answers.
         reasoning: the model's reasoning so far, shown folded.
+        steps: the tools that were called before the answer, each folded.
         status: what is happening, while the answer is not complete.
         progress: how much of that is done, in [0, 1], where it is known.
         notes: what the round has to say of itself.
@@ -43,6 +75,7 @@ class TurnText:
     answer_html: str
     model: str
     reasoning: str = ""
+    steps: Sequence[StepText] = ()
     status: str = ""
     progress: float | None = None
     notes: Sequence[str] = ()
@@ -73,6 +106,7 @@ class TurnText:
             parts.append(
                 f'<details><summary>Reasoning</summary><div dir="auto">{_escape(self.reasoning)}</div></details>'
             )
+        parts += [_step_html(step) for step in self.steps]
         if self.answer_html:
             parts.append(f'<div class="kani-nb-md" dir="auto">{self.answer_html}</div>')
         parts.append("</article>")
@@ -88,9 +122,53 @@ class TurnText:
         return error + (f'<div class="kani-nb-stat">{_escape(self.stat)}</div>' if self.stat else "")
 
     def _plain(self) -> str:
-        lines = [f"You: {self.prompt}", f"{self.model}: {self.answer}"]
+        called = [line for step in self.steps for line in (step.said, f"[{step.line}]") if line]
+        lines = [f"You: {self.prompt}", *called, f"{self.model}: {self.answer}"]
         lines += [f"[{each}]" for each in (self.status, *self.notes, self.error, self.stat) if each]
         return plain("\n\n".join(lines))
+
+
+def step_texts(messages: Sequence[ChatMessage]) -> tuple[StepText, ...]:
+    """The calls of a turn with their results, in the order of the calls."""
+    results = {each.tool_call_id: each for each in messages if each.role is ChatRole.FUNCTION}
+    steps = []
+    for message in messages:
+        for number, call in enumerate(message.tool_calls or ()):
+            result = results.get(call.id)
+            steps.append(
+                StepText(
+                    call.function.name,
+                    call.function.arguments,
+                    prompt_text(result.parts) if result is not None else None,
+                    bool(result.is_tool_call_error) if result is not None else False,
+                    message.text if number == 0 else "",
+                )
+            )
+    return tuple(steps)
+
+
+def _step_html(step: StepText) -> str:
+    said = f'<div class="kani-nb-said" dir="auto">{_escape(step.said)}</div>' if step.said else ""
+    told = "" if step.result is None else f"<pre>{_escape(shortened(step.result, _LONGEST_RESULT))}</pre>"
+    called = f"<pre>{_escape(shortened(step.arguments, _LONGEST_RESULT))}</pre>"
+    return f"{said}<details><summary>{_escape(step.line)}</summary>{called}{told}</details>"
+
+
+def _arguments_in_words(arguments: str) -> str:
+    """`city='Paris', days=3`; what is no JSON object as it is."""
+    try:
+        given = json.loads(arguments)
+    except (json.JSONDecodeError, RecursionError):
+        return arguments
+    if not isinstance(given, dict):
+        return arguments
+    return ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items())
+
+
+def _brief(text: str, limit: int) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[:limit]}…"
 
 
 def plain(text: str) -> str:

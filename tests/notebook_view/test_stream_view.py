@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kani_nb.conversation.tools import ToolStep
+from kani_nb.conversation.tree import Turn
 from kani_nb.engines.base import Completion, PrefillProgress, ReasoningDelta, TextDelta, ToolCallDelta
 from kani_nb.errors import GenerationError
 from kani_nb.figures.bundle import FigureBundle
-from kani_nb.messages import ChatMessage, ImagePart
+from kani_nb.messages import ChatMessage, FunctionCall, ImagePart, ToolCall
 from kani_nb.metrics.recorder import GenerationMetrics
 from kani_nb.notebook.render import markdown_to_html
 from kani_nb.notebook.stat_line import stat_line
@@ -29,15 +31,10 @@ class Notice(str):
 
 
 @dataclass
-class Turn:
-    id: str = "t1"
-
-
-@dataclass
 class Reply:
     text: str
     metrics: GenerationMetrics
-    turn: Turn = field(default_factory=Turn)
+    turn: Turn = field(default_factory=lambda: Turn("t1", None, ()))
     number: int = 1
     notices: tuple[str, ...] = ()
 
@@ -190,10 +187,28 @@ def test_notices_tool_calls_and_a_fed_reply_are_understood(screen, clock):
     clock.now += 1
     view.pump()
     assert "[dropped the first turn]" in screen.last["text/plain"]
-    view.feed(Reply("plain text of a foreign engine", METRICS))
+    assert '[get_weather(city="<b>")]' in screen.last["text/plain"]
+    call = ToolCall("c1", FunctionCall("get_weather", '{"city": "<b>"}'))
+    view.feed(ToolStep(call, ChatMessage.function("get_weather", "<i>rain</i>\nand wind", "c1")))
+    view.feed("It rains.")
+    said = (
+        ChatMessage.assistant("plain text of a foreign engine", tool_calls=(call,)),
+        ChatMessage.function("get_weather", "<i>rain</i>\nand wind", "c1"),
+        ChatMessage.assistant("It rains."),
+    )
+    clock.now += 1
+    view.pump()
+    running = screen.last
+    view.feed(Reply("It rains.", METRICS, Turn("t1", None, said)))
     view.finish()
-    assert "smollm2: plain text of a foreign engine" in screen.last["text/plain"]
-    assert "get_weather({&quot;city&quot;: &quot;&lt;b&gt;&quot;})" in screen.last["text/html"]
+    for bundle in (running, screen.last):
+        text = bundle["text/plain"]
+        step = '[get_weather(city="<b>") → <i>rain</i> and wind]'
+        assert text.index("plain text of a foreign engine") < text.index(step) < text.index("smollm2: It rains.")
+        assert (
+            "<summary>get_weather(city=&quot;&lt;b&gt;&quot;) → &lt;i&gt;rain&lt;/i&gt; and wind</summary>"
+            in bundle["text/html"]
+        )
     assert screen.frames[-1][2]["kani_nb"]["turn"] == "t1"
 
 
