@@ -82,7 +82,7 @@ class ResponseTemplateReader:
         self._reasoning: list[str] = []
         self._calls: list[ToolCall] = []
         self._raw = ""
-        self._unread = 0  # characters of `_raw` that have led to nothing yet
+        self._read = 0  # how far `_raw` has become events
         self._is_broken = False
 
     def push(self, text: str, tokens: int | None = None) -> list[StreamEvent]:
@@ -90,7 +90,6 @@ class ResponseTemplateReader:
         if self._is_broken:
             return self._say(text, tokens)
         self._raw += text
-        self._unread += len(text)
         try:
             return self._events(self._parser.feed(text), tokens)
         except ValueError:  # a call that is none: what could not be read is shown as it is
@@ -115,7 +114,7 @@ class ResponseTemplateReader:
 
     def _give_up(self, tokens: int | None) -> list[StreamEvent]:
         self._is_broken = True
-        return self._say(self._raw[len(self._raw) - self._unread :], tokens)
+        return self._say(self._raw[self._read :], tokens)
 
     def _say(self, text: str, tokens: int | None) -> list[StreamEvent]:
         if not text:
@@ -128,16 +127,15 @@ class ResponseTemplateReader:
         for event in events:
             field, text = event.get("field"), event.get("text") or ""
             if event["type"] == "region_chunk" and not event.get("dirty"):
-                self._unread = 0
+                self._read = max(self._read, self._raw.find(text, self._read) + len(text))
                 if field in _REASONING and text:
                     self._reasoning.append(text)
                     found.append(ReasoningDelta(text))
                 elif field == "content":
                     found += self._say(text, tokens)
-            elif event["type"] == "region_close":
-                self._unread = 0
-                if field == "tool_calls":
-                    found += self._call(event["value"])
+            elif event["type"] == "region_close" and field == "tool_calls":
+                self._read = len(self._raw)
+                found += self._call(event["value"])
         return found
 
     def _call(self, value: Any) -> list[StreamEvent]:
