@@ -33,13 +33,14 @@ from kani_nb.engines.huggingface.arguments import (
 from kani_nb.engines.huggingface.keeping import KeepsWeights
 from kani_nb.engines.huggingface.prepared import Prepared
 from kani_nb.engines.worker import Slot, iterate_in_thread, run_in_thread
-from kani_nb.errors import GenerationError, KaniNbError, ModelUnavailableError
+from kani_nb.errors import ConfigError, GenerationError, KaniNbError, ModelUnavailableError
 from kani_nb.generation_params import GenerationParams
 from kani_nb.messages import ChatMessage
 from kani_nb.quantization import dtype_name
 
 if TYPE_CHECKING:
     from kani_nb.engines.huggingface.generation import LoadedModel
+    from kani_nb.engines.huggingface.pipeline_prompt import Pipeline
     from kani_nb.engines.huggingface.prefix_cache import PrefixCache
     from kani_nb.engines.huggingface.prompting import AnswerMemory
     from kani_nb.engines.huggingface.weights import Weights
@@ -56,6 +57,8 @@ class HuggingEngine(KeepsWeights):
     Args:
         model_id: an alias (`smollm2`), `org/model`, a folder, or a `.gguf` file.
         max_context_size: tokens of prompt and answer together; None is the model's own window.
+        prompt_pipeline: makes prompts instead of the chat template: a `PromptPipeline`, or any function of messages and
+            functions that gives text.
         token: for gated repositories; None looks in the environment, the saved login and Colab's Secrets.
         device: `cuda`, `cuda:1`, `mps` or `cpu`; None takes the best there is.
         quantization: the name of a scheme (`nf4`, `int8`, `cpu-int8`, ...), a `Quantization`, a `BitsAndBytesConfig` or
@@ -89,6 +92,7 @@ class HuggingEngine(KeepsWeights):
         self,
         model_id: str,
         max_context_size: int | None = None,
+        prompt_pipeline: Pipeline | None = None,
         *,
         token: str | None = None,
         quantization: Any = None,
@@ -114,6 +118,8 @@ class HuggingEngine(KeepsWeights):
         **settings: Any,
     ) -> None:
         check_limits(max_context_size=max_context_size, threads=threads, cache_gib=cache_gib)
+        if prompt_pipeline is not None and not callable(prompt_pipeline):
+            raise ConfigError(f"prompt_pipeline is {prompt_pipeline!r}", why="it must be a PromptPipeline or a function")
         precision, generation_defaults = split_arguments(settings)
         self.model_id = str(model_id)
         self.generation = GenerationParams.from_kwargs(generation_defaults, generation, also=KNOWN_NAMES)
@@ -141,7 +147,7 @@ class HuggingEngine(KeepsWeights):
             model_load_kwargs=dict(model_load_kwargs or {}),
         )
         self._asked = read_arguments(asked, quantization, precision)
-        self._prepared = Prepared(self._asked, dict(chat_template_kwargs or {}))
+        self._prepared = Prepared(self._asked, dict(chat_template_kwargs or {}), prompt_pipeline)
         self._loaded: LoadedModel | None = None
         self._cache: PrefixCache | None = None
         self._weights: Weights | None = None
@@ -360,7 +366,7 @@ class HuggingEngine(KeepsWeights):
             loaded, cache, memory = self._parts()
             ids = self.prompt_ids(messages, functions)
             if functions and self._prepared.ignores_tools:
-                emit(EngineNotice(f"the chat template of {self.model_id} ignores tools: they are described in words"))
+                emit(EngineNotice(f"the prompt format of {self.model_id} ignores tools: they are described in words"))
             read_by = self._prepared.reader(ids, functions)
             Generation(loaded, ids, params, cache, memory, stop, read_by).run(emit, queued_s)
 

@@ -17,6 +17,7 @@ from kani_nb.messages import ChatMessage
 
 if TYPE_CHECKING:
     from kani_nb.engines.huggingface.parsers import ReadBy
+    from kani_nb.engines.huggingface.pipeline_prompt import Pipeline, PipelinePrompt
     from kani_nb.engines.huggingface.prompting import AnswerMemory, ChatTemplate
 
 
@@ -26,21 +27,23 @@ class Prepared:
     Args:
         asked: what to load.
         template_kwargs: further variables of the chat template.
+        pipeline: makes prompts instead of the chat template.
 
     Attributes:
         tokenizer_lock: entered for every use of the tokenizer: encoding user text changes its settings for a moment.
         shape: what the model is made of; None before `check`, or where only its own code could say.
     """
 
-    def __init__(self, asked: LoadRequest, template_kwargs: dict[str, Any]) -> None:
+    def __init__(self, asked: LoadRequest, template_kwargs: dict[str, Any], pipeline: Pipeline | None = None) -> None:
         self.tokenizer_lock = threading.RLock()
         self.shape: ModelShape | None = None
         self._asked = asked
         self._template_kwargs = template_kwargs
+        self._pipeline = pipeline
         self._lock = threading.Lock()
         self._request: LoadRequest | None = None
         self._tokenizer: Any = None
-        self._template: ChatTemplate | None = None
+        self._template: ChatTemplate | PipelinePrompt | None = None
         self._memory: AnswerMemory | None = None
 
     @property
@@ -109,7 +112,12 @@ class Prepared:
                 from kani_nb.engines.huggingface.prompting import AnswerMemory, ChatTemplate
 
                 tokenizer = load_tokenizer(request)
-                self._template = ChatTemplate(tokenizer, request.name, self._template_kwargs)
+                template = ChatTemplate(tokenizer, request.name, self._template_kwargs)
+                self._template = template
+                if self._pipeline is not None:
+                    from kani_nb.engines.huggingface.pipeline_prompt import PipelinePrompt
+
+                    self._template = PipelinePrompt(self._pipeline, tokenizer, template)
                 self._memory = AnswerMemory(tokenizer)
                 self._tokenizer = tokenizer
             return self._tokenizer
@@ -121,10 +129,10 @@ class Prepared:
         return self._memory
 
     def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None) -> list[int]:
-        """The prompt as token ids, by the model's chat template.
+        """The prompt as token ids, by the model's chat template or the pipeline.
 
         Raises:
-            PromptError: the template refuses these messages, or there is none.
+            PromptError: it refuses these messages, or there is none.
         """
         self.tokenizer()
         assert self._template is not None

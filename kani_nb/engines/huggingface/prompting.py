@@ -22,7 +22,7 @@ from kani_nb.messages import ChatMessage, ChatRole, MediaPart, ToolCall
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _TEMPLATE_ROLES = {ChatRole.FUNCTION: "tool"}
 #: Shown to a template once, to see whether it takes notice of tools.
-_PROBE = [
+PROBE = [
     {
         "type": "function",
         "function": {
@@ -109,7 +109,7 @@ class ChatTemplate:
     def ignores_tools(self) -> bool:
         """Whether the template says nothing of the tools it is given."""
         if self._ignores_tools is None:
-            self._ignores_tools = self._rendered_with(_PROBE) == self._rendered_with(None)
+            self._ignores_tools = self._rendered_with(PROBE) == self._rendered_with(None)
         return self._ignores_tools
 
     def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
@@ -140,9 +140,16 @@ class ChatTemplate:
         return self._encoded(messages, tools or None)
 
     def _encoded(self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None) -> list[int]:
+        return self.encode_records(template_records(messages), tools)
+
+    def encode_records(self, records: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """The token ids of messages that are in the template's own form already.
+
+        Raises:
+            PromptError: the template refuses them.
+        """
         from jinja2 import TemplateError
 
-        records = template_records(messages)
         options: dict[str, Any] = {"tools": tools, **self._kwargs}
         try:
             ids = self._apply(records, options)
@@ -178,7 +185,7 @@ class ChatTemplate:
             ids: list[int] = apply(records, tokenize=True, return_dict=False, sanitize_control_tokens=True, **options)
             return ids
         control = [token for token in self._tokenizer.all_special_tokens if token]
-        if not any(token in record["content"] for record in records for token in control):
+        if not any(token in str(record.get("content")) for record in records for token in control):
             return list(apply(records, tokenize=True, return_dict=False, **options))
         # Before transformers 5.16 or so: render with marks in place of the contents, and encode those as plain text.
         marks = [f"\ue000{number}\ue001" for number in range(len(records))]
