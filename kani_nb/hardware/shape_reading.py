@@ -109,20 +109,21 @@ def prequantized_of(config: Any) -> dict[str, object] | None:
 def _on_meta(config: Any, name: str, model_cls: Any, trust_remote_code: bool) -> Any:
     """The model on the meta device, ties kept, in bfloat16 except for what no dtype changes."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM
+
+    from kani_nb.hardware.auto_classes import auto_class_of
 
     kind = str(getattr(config, "model_type", "") or type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{name} is an encoder-decoder model ({kind})",
-            why="a chat needs one that goes on with a text",
-            fix="take a causal language model",
+            why="what it takes is known only when it is loaded",
+            fix="%load_engine loads it all the same",
         )
     config = copy.deepcopy(config)  # building writes into it
-    autos = [AutoModelForCausalLM, AutoModelForImageTextToText]
-    known = [auto for auto in autos if type(config) in auto._model_mapping]
+    known = auto_class_of(config)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if model_cls is None and not known:
+    if model_cls is None and known is None:
         if not remote:
             raise ModelFilesError(
                 f"{name} is of the architecture {kind!r}",
@@ -135,7 +136,7 @@ def _on_meta(config: Any, name: str, model_cls: Any, trust_remote_code: bool) ->
                 why="it would run on this computer",
                 fix="read it first, then add --trust-remote-code",
             )
-    builder = model_cls or (known[0] if known else AutoModelForCausalLM)
+    builder = model_cls or known or AutoModelForCausalLM
     build = builder.from_config if hasattr(builder, "from_config") else builder._from_config
     options = {"trust_remote_code": trust_remote_code} if hasattr(builder, "from_config") and remote else {}
     try:

@@ -6,12 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kani_nb.config import EngineConfig
 from kani_nb.errors import ConfigError
 from kani_nb.hardware.legacy_kwargs import QUANTIZATION_NAMES, settings_among, translate
 from kani_nb.quantization import Quantization, dtype_name
+
+if TYPE_CHECKING:
+    from kani_nb.engines.huggingface.multimodal import MediaOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,31 @@ def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     """Further keyword arguments of an engine: those about precision, and the rest (generation parameters)."""
     precision = settings_among(arguments)
     return precision, {name: value for name, value in arguments.items() if name not in precision}
+
+
+_MEDIA_NAMES = {
+    "audio_sample_rate": "audio_sample_rate",
+    "audio_sr": "audio_sample_rate",
+    "mm_audio_sample_rate": "audio_sample_rate",
+    "video_fps": "video_fps",
+    "mm_video_fps": "video_fps",
+}
+
+
+def split_media(arguments: Mapping[str, Any]) -> tuple[MediaOptions, dict[str, Any]]:
+    """Further keyword arguments of an engine: how media are read, under any of the documents' names, and the rest.
+
+    Raises:
+        ConfigError: a rate that is not positive.
+    """
+    from kani_nb.engines.huggingface.multimodal import MediaOptions
+
+    given = {_MEDIA_NAMES[name]: value for name, value in arguments.items() if name in _MEDIA_NAMES}
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            raise ConfigError(f"{name} is {value!r}", why="it must be above 0")
+    options = MediaOptions(**{name: value for name, value in given.items() if value is not None})
+    return options, {name: value for name, value in arguments.items() if name not in _MEDIA_NAMES}
 
 
 def read_arguments(request: LoadRequest, quantization: Any, precision: Mapping[str, Any]) -> LoadRequest:

@@ -29,6 +29,7 @@ from kani_nb.engines.huggingface.arguments import (
     device_map_of,
     read_arguments,
     split_arguments,
+    split_media,
 )
 from kani_nb.engines.huggingface.keeping import KeepsWeights
 from kani_nb.engines.huggingface.prepared import Prepared
@@ -40,6 +41,7 @@ from kani_nb.quantization import dtype_name
 
 if TYPE_CHECKING:
     from kani_nb.engines.huggingface.generation import LoadedModel
+    from kani_nb.engines.huggingface.model_inputs import ModelInputs
     from kani_nb.engines.huggingface.pipeline_prompt import Pipeline
     from kani_nb.engines.huggingface.prefix_cache import PrefixCache
     from kani_nb.engines.huggingface.prompting import AnswerMemory
@@ -82,7 +84,8 @@ class HuggingEngine(KeepsWeights):
         generation: defaults of every answer.
         settings: of the scheme (`double_quant`, `compute_dtype`, `quant_storage`, `group_size`, `llm_int8_threshold`,
             `llm_int8_skip_modules`, ...; also `load_in_4bit` and others in transformers 4's way), and generation
-            parameters under transformers' names, laid over `generation`: `temperature=0.7`.
+            parameters under transformers' names, laid over `generation`: `temperature=0.7`; and, for models that read
+            media, `audio_sample_rate` in Hz (also `audio_sr`) and `video_fps`.
 
     Raises:
         ConfigError: an unknown scheme or parameter, a setting the scheme does not have, or a value outside its range.
@@ -119,8 +122,11 @@ class HuggingEngine(KeepsWeights):
     ) -> None:
         check_limits(max_context_size=max_context_size, threads=threads, cache_gib=cache_gib)
         if prompt_pipeline is not None and not callable(prompt_pipeline):
-            raise ConfigError(f"prompt_pipeline is {prompt_pipeline!r}", why="it must be a PromptPipeline or a function")
+            raise ConfigError(
+                f"prompt_pipeline is {prompt_pipeline!r}", why="it must be a PromptPipeline or a function"
+            )
         precision, generation_defaults = split_arguments(settings)
+        media, generation_defaults = split_media(generation_defaults)
         self.model_id = str(model_id)
         self.generation = GenerationParams.from_kwargs(generation_defaults, generation, also=KNOWN_NAMES)
         self.slot = Slot()
@@ -147,7 +153,7 @@ class HuggingEngine(KeepsWeights):
             model_load_kwargs=dict(model_load_kwargs or {}),
         )
         self._asked = read_arguments(asked, quantization, precision)
-        self._prepared = Prepared(self._asked, dict(chat_template_kwargs or {}), prompt_pipeline)
+        self._prepared = Prepared(self._asked, dict(chat_template_kwargs or {}), prompt_pipeline, media)
         self._loaded: LoadedModel | None = None
         self._cache: PrefixCache | None = None
         self._weights: Weights | None = None
@@ -310,12 +316,18 @@ class HuggingEngine(KeepsWeights):
 
     def prompt_ids(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
         """The token ids that the model is given, its earlier answers in the very tokens it generated."""
+        return self._prompt_inputs(messages, functions).ids
+
+    def _prompt_inputs(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None) -> ModelInputs:
+        from kani_nb.engines.huggingface.model_inputs import ModelInputs
         from kani_nb.engines.huggingface.prompting import call_build_prompt, ids_of
 
         tokenizer, memory = self._prepared.tokenizer(), self._prepared.memory()
         with self._prepared.tokenizer_lock:
-            ids = ids_of(call_build_prompt(self.build_prompt, messages, functions), tokenizer)
-            return memory.restore(ids)
+            made = call_build_prompt(self.build_prompt, messages, functions)
+            return (
+                made if isinstance(made, ModelInputs) else ModelInputs.of_text(memory.restore(ids_of(made, tokenizer)))
+            )
 
     def prompt_len(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None, **kwargs: Any) -> int:
         """Exactly the tokens of the prompt that `stream` would compute for `messages`."""
@@ -361,14 +373,16 @@ class HuggingEngine(KeepsWeights):
     ) -> None:
         """One answer, in the thread that holds the slot."""
         from kani_nb.engines.huggingface.generation import Generation
+        from kani_nb.engines.huggingface.seq2seq import EncoderDecoderGeneration
 
         with self._in_use(stop, "answering"):
             loaded, cache, memory = self._parts()
-            ids = self.prompt_ids(messages, functions)
+            prompt = self._prompt_inputs(messages, functions)
             if functions and self._prepared.ignores_tools:
                 emit(EngineNotice(f"the prompt format of {self.model_id} ignores tools: they are described in words"))
-            read_by = self._prepared.reader(ids, functions)
-            Generation(loaded, ids, params, cache, memory, stop, read_by).run(emit, queued_s)
+            read_by = self._prepared.reader(prompt.ids, functions)
+            kind = EncoderDecoderGeneration if loaded.model.config.is_encoder_decoder else Generation
+            kind(loaded, prompt, params, cache, memory, stop, read_by).run(emit, queued_s)
 
     @contextmanager
     def _in_use(self, stop: threading.Event, doing: str) -> Iterator[LoadedModel]:

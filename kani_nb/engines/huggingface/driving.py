@@ -8,7 +8,7 @@ not plain attention is tried when it is loaded, on a few tokens, and driven only
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -57,16 +57,27 @@ class Driving:
 
 
 def forward(
-    model: Any, driving: Driving, cache: Any, tokens: Sequence[int], start: int, device: str, keep: int | None = None
+    model: Any,
+    driving: Driving,
+    cache: Any,
+    tokens: Sequence[int],
+    start: int,
+    device: str,
+    keep: int | None = None,
+    media: Mapping[str, Any] | None = None,
 ) -> Any:
     """The logits `(1, V)` after `tokens`, the first of which is at position `start`; `cache` then holds their states.
 
     Without a cache `tokens` must be the whole sequence. With `keep` the logits after each of the last so many tokens,
-    `(1, keep, V)`.
+    `(1, keep, V)`. `media` are the tensors behind some of the tokens, as a processor made them.
     """
     import torch
 
     options: dict[str, Any] = {"use_cache": cache is not None}
+    for name, value in (media or {}).items():
+        is_real = torch.is_tensor(value) and value.is_floating_point()
+        moved = value.to(device, model.dtype) if is_real else value.to(device) if torch.is_tensor(value) else value
+        options[name] = moved
     if cache is not None:
         options[driving.argument] = cache
     if driving.keeps_few_logits:
@@ -88,13 +99,22 @@ def find_driving(model: Any, device: str) -> Driving:
     keeps_few_logits = "logits_to_keep" in accepted
     argument = next((name for name in ("past_key_values", "cache_params") if name in accepted), "past_key_values")
     boundary = _rope_boundary(model.config)
-    if "past_key_values" in accepted and not getattr(model, "_is_stateful", False) and _has_plain_layers(model.config):
+    if model.config.is_encoder_decoder:
+        return Driving(CacheMode.STEPS, argument, False, False)
+    is_plain = not getattr(model, "_is_stateful", False) and not _keeps_positions(model)
+    if "past_key_values" in accepted and is_plain and _has_plain_layers(model.config):
         return Driving(CacheMode.REUSE, argument, False, keeps_few_logits, boundary)
     tried = Driving(CacheMode.NONE, argument, True, keeps_few_logits, boundary)
-    for mode in (CacheMode.REUSE, CacheMode.STEPS):
+    modes = (CacheMode.STEPS,) if _keeps_positions(model) else (CacheMode.REUSE, CacheMode.STEPS)
+    for mode in modes:
         if _gives_right_logits(model, tried, mode, device):
             return Driving(mode, argument, True, keeps_few_logits, boundary)
     return tried
+
+
+def _keeps_positions(model: Any) -> bool:
+    """Whether the model itself remembers how positions went on after its latest image: another prompt's would not."""
+    return any(hasattr(module, "rope_deltas") for module in model.modules())
 
 
 def _has_plain_layers(config: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from kani_nb.engines.base import Completion, FinishReason, PrefillProgress, StreamEvent
 from kani_nb.engines.huggingface.driving import CacheMode, Driving, forward
+from kani_nb.engines.huggingface.model_inputs import ModelInputs
 from kani_nb.engines.huggingface.parsers import ReadBy
 from kani_nb.engines.huggingface.placing import Placing
 from kani_nb.engines.huggingface.prefix_cache import CacheEntry, PrefixCache
@@ -95,7 +96,7 @@ class Generation:
 
     Args:
         loaded: the model.
-        ids: the prompt's tokens.
+        prompt: its tokens, and the tensors of its media.
         params: how to generate.
         cache: states of earlier prompts.
         memory: ids of earlier answers.
@@ -106,23 +107,24 @@ class Generation:
     def __init__(
         self,
         loaded: LoadedModel,
-        ids: list[int],
+        prompt: ModelInputs,
         params: GenerationParams,
         cache: PrefixCache,
         memory: AnswerMemory,
         stop: threading.Event,
         read_by: ReadBy | None = None,
     ) -> None:
-        room = loaded.context_tokens - len(ids)
+        room = loaded.context_tokens - len(prompt.ids)
         if room < 1:
             raise PromptTooLongError(
-                f"the prompt has {len(ids):,} tokens",
+                f"the prompt has {len(prompt.ids):,} tokens",
                 why=f"the model holds {loaded.context_tokens:,} of prompt and answer together",
                 fix="shorten it, or start afresh with %chat new",
             )
         self._loaded = loaded
-        self._ids = list(ids)
-        self._prompt_tokens = len(ids)
+        self._ids = list(prompt.ids)
+        self._prompt = prompt
+        self._prompt_tokens = len(prompt.ids)
         self._limit = min(params.max_new_tokens, room)
         self._params = params
         self._cache = cache
@@ -140,7 +142,9 @@ class Generation:
         driving = self._loaded.driving
         is_long = driving.is_beyond(self._prompt_tokens)
         if driving.mode is CacheMode.REUSE:
-            entry = self._cache.take(self._ids, self._prompt_tokens + self._limit, is_long=is_long)
+            entry = self._cache.take(self._prompt.keys, self._prompt_tokens + self._limit, is_long=is_long)
+            if len(entry.ids) < self._prompt.media_end:  # what a medium stands behind is computed all at once
+                entry.restart(self._cache.empty().cache, is_long=is_long)
         else:
             entry = self._cache.empty(is_long=is_long)
         cached = len(entry.ids)
@@ -155,7 +159,7 @@ class Generation:
         if driving.mode is CacheMode.REUSE:
             self._cache.give_back(entry)
         generated = len(self._ids) - self._prompt_tokens
-        if generated:
+        if generated and not self._prompt.media:
             with self._loaded.tokenizer_lock:
                 self._memory.remember(self._ids)
         emit(
@@ -172,15 +176,19 @@ class Generation:
     def _forward(self, entry: CacheEntry, tokens: Sequence[int]) -> Any:
         """The logits `(1, V)` after `tokens`, whose states `entry` then holds."""
         loaded, start = self._loaded, len(entry.ids)
-        entry.ids.extend(tokens)
+        end = start + len(tokens)
+        entry.ids.extend((*self._prompt.keys, *self._ids[self._prompt_tokens :])[start:end])
+        media = self._prompt.media if start < self._prompt.media_end else None
         if loaded.driving.mode is CacheMode.NONE:
-            return forward(loaded.model, loaded.driving, None, entry.ids, 0, loaded.device)
-        return forward(loaded.model, loaded.driving, entry.cache, tokens, start, loaded.device)
+            media = self._prompt.media
+            return forward(loaded.model, loaded.driving, None, self._ids[:end], 0, loaded.device, media=media)
+        return forward(loaded.model, loaded.driving, entry.cache, tokens, start, loaded.device, media=media)
 
     def _prefill(self, entry: CacheEntry, emit: Emit, cached: int) -> Any:
         """The logits after the prompt, or None if the answer is no longer wanted."""
         logits = None
         in_one_piece = self._loaded.driving.mode is not CacheMode.REUSE or entry.is_long
+        in_one_piece = in_one_piece or len(entry.ids) < self._prompt.media_end
         chunk = self._prompt_tokens if in_one_piece else self._loaded.chunk_tokens
         while (start := len(entry.ids)) < self._prompt_tokens:
             if self._stop.is_set():

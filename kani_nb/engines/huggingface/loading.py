@@ -280,8 +280,10 @@ def _from_files(request: LoadRequest, placing: Placing) -> Any:
     """The model that the files hold, complete, and in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
+    from kani_nb.hardware.auto_classes import auto_class_of
+
     options = _load_options(request, placing)
-    model_cls = request.model_cls or AutoModelForCausalLM
+    model_cls = request.model_cls or auto_class_of(load_config(request)) or AutoModelForCausalLM
     _prepare_libraries(placing)
     model, report = model_cls.from_pretrained(str(request.folder), output_loading_info=True, **options)
     _check_complete(request, report)

@@ -334,13 +334,15 @@ def _check_runs(scheme: Scheme, budget: Budget) -> None:
 
 
 def _shape(config: Any, request: LoadRequest) -> ModelShape | None:
-    """What the model is made of; None where a class of the user's or the repository's cannot be built without weights.
+    """What the model is made of; None for encoder-decoder models, and for foreign classes that need their weights.
 
     Raises:
         ModelFilesError, ConfigError: transformers does not know the architecture, or its code must be trusted first.
     """
     from kani_nb.hardware.shape_reading import shape_of
 
+    if getattr(config, "is_encoder_decoder", False):
+        return None
     try:
         return shape_of(config, request.name, request.model_cls, trust_remote_code=request.trust_remote_code)
     except ModelFilesError:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kani_nb.engines.huggingface import kv_layers
+from kani_nb.engines.huggingface.driving import CacheMode
 
 if TYPE_CHECKING:
     from kani_nb.engines.huggingface.generation import LoadedModel
@@ -192,6 +193,8 @@ def cache_budget(loaded: LoadedModel, asked_gib: float | None) -> int:
 
     if asked_gib is not None:
         return int(asked_gib * _GIB)
+    if loaded.driving.mode is not CacheMode.REUSE:
+        return 0
     shape = loaded.placing.shape
     if shape is not None:
         whole = kv_bytes(shape, loaded.context_tokens, loaded.dtype)

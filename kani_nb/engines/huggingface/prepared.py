@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from kani_nb.engines.base import LoadProgress, ProgressCallback
 from kani_nb.engines.huggingface.arguments import LoadRequest
 from kani_nb.hardware.shapes import ModelShape
-from kani_nb.messages import ChatMessage
+from kani_nb.messages import ChatMessage, MediaPart
 
 if TYPE_CHECKING:
+    from kani_nb.engines.huggingface.model_inputs import ModelInputs
+    from kani_nb.engines.huggingface.multimodal import MediaOptions, MediaPrompts
     from kani_nb.engines.huggingface.parsers import ReadBy
     from kani_nb.engines.huggingface.pipeline_prompt import Pipeline, PipelinePrompt
     from kani_nb.engines.huggingface.prompting import AnswerMemory, ChatTemplate
@@ -28,18 +30,27 @@ class Prepared:
         asked: what to load.
         template_kwargs: further variables of the chat template.
         pipeline: makes prompts instead of the chat template.
+        media: how images and sound are read.
 
     Attributes:
         tokenizer_lock: entered for every use of the tokenizer: encoding user text changes its settings for a moment.
         shape: what the model is made of; None before `check`, or where only its own code could say.
     """
 
-    def __init__(self, asked: LoadRequest, template_kwargs: dict[str, Any], pipeline: Pipeline | None = None) -> None:
+    def __init__(
+        self,
+        asked: LoadRequest,
+        template_kwargs: dict[str, Any],
+        pipeline: Pipeline | None = None,
+        media: MediaOptions | None = None,
+    ) -> None:
         self.tokenizer_lock = threading.RLock()
         self.shape: ModelShape | None = None
         self._asked = asked
         self._template_kwargs = template_kwargs
         self._pipeline = pipeline
+        self._media = media
+        self._media_prompts: MediaPrompts | None = None
         self._lock = threading.Lock()
         self._request: LoadRequest | None = None
         self._tokenizer: Any = None
@@ -111,16 +122,30 @@ class Prepared:
                 from kani_nb.engines.huggingface.loading import load_tokenizer
                 from kani_nb.engines.huggingface.prompting import AnswerMemory, ChatTemplate
 
-                tokenizer = load_tokenizer(request)
+                tokenizer, pipeline = load_tokenizer(request), self._pipeline
+                if getattr(tokenizer, "chat_template", None) is None and pipeline is None:
+                    pipeline = self._find_format(tokenizer, request)
                 template = ChatTemplate(tokenizer, request.name, self._template_kwargs)
                 self._template = template
-                if self._pipeline is not None:
+                if pipeline is not None:
                     from kani_nb.engines.huggingface.pipeline_prompt import PipelinePrompt
 
-                    self._template = PipelinePrompt(self._pipeline, tokenizer, template)
+                    self._template = PipelinePrompt(pipeline, tokenizer, template)
                 self._memory = AnswerMemory(tokenizer)
                 self._tokenizer = tokenizer
             return self._tokenizer
+
+    def _find_format(self, tokenizer: Any, request: LoadRequest) -> Pipeline | None:
+        """Where a tokenizer has no chat template: the processor's, or plain text for an encoder."""
+        from kani_nb.engines.huggingface.loading import load_config
+        from kani_nb.engines.huggingface.multimodal import load_processor, media_of
+
+        config = load_config(request)
+        if getattr(config, "is_encoder_decoder", False):
+            return lambda messages, _: "\n".join(message.text for message in messages)
+        if media_of(config):
+            tokenizer.chat_template = getattr(load_processor(request), "chat_template", None)
+        return None
 
     def memory(self) -> AnswerMemory:
         """The tokens of earlier answers."""
@@ -128,14 +153,23 @@ class Prepared:
         assert self._memory is not None
         return self._memory
 
-    def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None) -> list[int]:
-        """The prompt as token ids, by the model's chat template or the pipeline.
+    def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None) -> list[int] | ModelInputs:
+        """The prompt as token ids, by the model's chat template or the pipeline; with media, what the processor makes.
 
         Raises:
             PromptError: it refuses these messages, or there is none.
         """
         self.tokenizer()
         assert self._template is not None
+        if any(isinstance(part, MediaPart) for message in messages for part in message.parts):
+            from kani_nb.engines.huggingface.multimodal import MediaOptions, MediaPrompts, media_of
+
+            config = self.config()
+            if media_of(config):
+                if self._media_prompts is None:
+                    options = self._media or MediaOptions()
+                    self._media_prompts = MediaPrompts(self.request(), config, options, self._template_kwargs)
+                return self._media_prompts.encode(messages, functions)
         return self._template.encode(messages, functions)
 
     @property

@@ -34,8 +34,8 @@ PROBE = [
 ]
 
 
-def template_records(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """The messages in the form that chat templates read.
+def template_records(messages: Sequence[ChatMessage], *, with_media: bool = False) -> list[dict[str, Any]]:
+    """The messages in the form that chat templates read; `with_media` their contents are lists of parts.
 
     Raises:
         PromptError: a part that is not text, or text that no encoding can represent.
@@ -43,13 +43,15 @@ def template_records(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     records = []
     for message in messages:
         for part in message.parts:
-            if isinstance(part, MediaPart):
+            if isinstance(part, MediaPart) and not with_media:
                 raise PromptError(f"this model reads only text, and the message holds {part.mime}", fix="remove it")
         record: dict[str, Any] = {"role": _TEMPLATE_ROLES.get(message.role, message.role.value)}
         if message.role is ChatRole.ASSISTANT:  # what a model says may be anything
             record["content"] = message.text.encode("utf-8", "replace").decode("utf-8")
         else:
             record["content"] = check_text(message.text)
+        if with_media:
+            record["content"] = _content_parts(message, record["content"])
         if message.tool_calls:
             record["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": _read(call)}}
@@ -63,6 +65,17 @@ def template_records(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
             record["tool_call_id"] = message.tool_call_id
         records.append(record)
     return records
+
+
+def _content_parts(message: ChatMessage, text: str) -> list[dict[str, Any]]:
+    """The parts in their order: what a template makes a placeholder of, and text."""
+    if not any(isinstance(part, MediaPart) for part in message.parts):
+        return [{"type": "text", "text": text}]
+    return [
+        {"type": part.kind} if isinstance(part, MediaPart) else {"type": "text", "text": str(part)}
+        for part in message.parts
+        if isinstance(part, MediaPart) or str(part)
+    ]
 
 
 def _read(call: ToolCall) -> Any:
@@ -104,6 +117,7 @@ class ChatTemplate:
         accepted = inspect.signature(tokenizer.apply_chat_template).parameters
         self._can_sanitize = "sanitize_control_tokens" in accepted
         self._ignores_tools: bool | None = None
+        self._reads_parts: bool | None = None
 
     @property
     def ignores_tools(self) -> bool:
@@ -140,7 +154,7 @@ class ChatTemplate:
         return self._encoded(messages, tools or None)
 
     def _encoded(self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None) -> list[int]:
-        return self.encode_records(template_records(messages), tools)
+        return self.encode_records(template_records(messages, with_media=self._wants_parts()), tools)
 
     def encode_records(self, records: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The token ids of messages that are in the template's own form already.
@@ -166,14 +180,24 @@ class ChatTemplate:
         return [int(token) for token in ids]
 
     def _rendered_with(self, tools: list[dict[str, Any]] | None) -> str:
-        """A short prompt as text; empty where the template fails on it."""
+        content: Any = [{"type": "text", "text": "?"}] if self._wants_parts() else "?"
+        return self._rendered([{"role": "user", "content": content}], tools)
+
+    def _wants_parts(self) -> bool:
+        """Whether the template reads contents as lists of parts only, as those of some multimodal models do."""
+        if self._reads_parts is None:
+            asked = [{"role": "user", "content": "kani?"}]
+            in_parts = [{"role": "user", "content": [{"type": "text", "text": "kani?"}]}]
+            self._reads_parts = "kani?" not in self._rendered(asked) and "kani?" in self._rendered(in_parts)
+        return self._reads_parts
+
+    def _rendered(self, records: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        """A prompt as text; empty where the template fails on it."""
         from jinja2 import TemplateError
 
         options = {"tools": tools, "add_generation_prompt": True, **self._kwargs}
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": "?"}], tokenize=False, **options
-            )
+            text: str = self._tokenizer.apply_chat_template(records, tokenize=False, **options)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
             return ""
         return text
