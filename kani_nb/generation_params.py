@@ -12,11 +12,17 @@ from kani_nb.errors import ConfigError, did_you_mean
 
 #: New tokens per answer unless asked otherwise: visible in every stat line, and never the whole window.
 DEFAULT_MAX_NEW_TOKENS = 512
+#: Alternatives of a token that can be asked for; what OpenAI's API gives at most.
+MAX_ALTERNATIVES = 20
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
     """How one answer is generated, under transformers' names. None leaves the choice to the model's generation config.
+
+    Attributes:
+        logprobs: give each token's probability, and so many alternatives; engines that cannot refuse it.
+        json_schema: hold the answer to this schema, as JSON; for engines that say so (`BaseEngine.holds_to_schemas`).
 
     Raises:
         ConfigError: a value outside its range.
@@ -35,6 +41,8 @@ class GenerationParams:
     seed: int | None = None
     stop_strings: tuple[str, ...] = ()
     eos_token_id: tuple[int, ...] | None = None
+    logprobs: int | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         """Check each value once, here."""
@@ -107,6 +115,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "typical_p": (_real(lambda value: 0 < value <= 1), "in (0, 1]"),
     "repetition_penalty": (_real(lambda value: value > 0), "a number above 0 (1 is off)"),
     "no_repeat_ngram_size": (_whole(0), "a whole number of at least 0 (0 is off)"),
+    "logprobs": (
+        lambda value: isinstance(value, numbers.Integral) and 0 <= int(value) <= MAX_ALTERNATIVES,
+        f"a whole number from 0 to {MAX_ALTERNATIVES}: so many alternatives for each token",
+    ),
     "seed": (
         lambda value: isinstance(value, numbers.Integral) and 0 <= int(value) < 2**63,
         "a whole number from 0 below 2**63",

@@ -45,8 +45,11 @@ ONLY_IN = {
     "torch": {"engines", "hardware", "metrics", "_engines", "doctor"},
     "transformers": {"engines", "hardware"},
     "httpx": {"engines"},
+    "kani": {"engines"},
+    "llama_cpp": {"engines"},
+    "ctransformers": {"engines"},
 }
-HEAVY = {"torch", "transformers", "plotly", "ipywidgets", "anywidget", "accelerate", "bitsandbytes", "httpx", "gguf"}
+HEAVY = {"torch", "transformers", "plotly", "ipywidgets", "anywidget", "accelerate", "bitsandbytes", "httpx", "gguf", "kani", "llguidance", "PIL", "scipy"}
 
 
 def modules():

@@ -8,6 +8,7 @@ wraps it. The verbs are kani's, so that engines written for kani run here, down 
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -75,6 +76,26 @@ class PrefillProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token of an answer, and how sure the model was of it.
+
+    Attributes:
+        text: of the token by itself.
+        logprob: natural logarithm of its probability, before temperature and other sampling.
+        alternatives: the likeliest tokens in its place with theirs, itself among them if it is one.
+    """
+
+    text: str
+    logprob: float
+    alternatives: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def probability(self) -> float:
+        """In [0, 1]."""
+        return math.exp(self.logprob)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineNotice:
     """What the person should know about this answer, in a sentence; never part of it."""
 
@@ -122,6 +143,7 @@ class Completion(BaseCompletion):
         cached_tokens: int | None = None,
         finish_reason: FinishReason | None = None,
         seed: int | None = None,
+        logprobs: Sequence[TokenLogprob] = (),
     ) -> None:
         self._message = message
         self._prompt_tokens = prompt_tokens
@@ -130,6 +152,8 @@ class Completion(BaseCompletion):
         self._finish_reason = finish_reason
         #: What the answer was sampled with, drawn or given; None where nothing was sampled.
         self.seed = seed
+        #: One for each token of the answer, where they were asked for.
+        self.logprobs = tuple(logprobs)
 
     message = property(lambda self: self._message, doc=BaseCompletion.message.__doc__)
     prompt_tokens = property(lambda self: self._prompt_tokens, doc=BaseCompletion.prompt_tokens.__doc__)
@@ -192,6 +216,8 @@ class BaseEngine(ABC):  # noqa: B024 - which of stream and predict is defined is
 
     #: Tokens of prompt and answer together that the model can hold.
     max_context_size: int = 0
+    #: Whether an answer can be held to a JSON schema (`json_schema`); else it is asked for in words, and checked.
+    holds_to_schemas: bool = False
     #: kani's name for what a call gets when the functions' budget is used up.
     disable_function_calling_kwargs: ClassVar[dict[str, Any]] = {"include_functions": False}
 

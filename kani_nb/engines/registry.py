@@ -25,12 +25,12 @@ GROUP = "kani_nb.engines"
 _OURS = {
     "echo": "kani_nb.engines.echo:EchoEngine",
     "hf": "kani_nb.engines.huggingface:HuggingEngine",
+    "kani": "kani_nb.engines.kani_adapter:KaniEngine",
 }
 _ADDRESSES = {"http": "openai", "https": "openai", "openai": "openai", "vllm": "openai"}
 #: Names that are taken by engines which this version does not have.
 _LATER = {
     "openai": "OpenAI-compatible servers",
-    "kani": "engines of the kani package",
     "llamacpp": "llama.cpp",
 }
 

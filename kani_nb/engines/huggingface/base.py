@@ -169,6 +169,8 @@ class HuggingEngine(KeepsWeights):
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
+    holds_to_schemas = True
+
     @property
     def is_loaded(self) -> bool:
         """Whether the weights are in memory."""
@@ -382,7 +384,10 @@ class HuggingEngine(KeepsWeights):
                 emit(EngineNotice(f"the prompt format of {self.model_id} ignores tools: they are described in words"))
             read_by = self._prepared.reader(prompt.ids, functions)
             kind = EncoderDecoderGeneration if loaded.model.config.is_encoder_decoder else Generation
-            kind(loaded, prompt, params, cache, memory, stop, read_by).run(emit, queued_s)
+            held = self._prepared.constraint(
+                params.json_schema, loaded.eos_ids, loaded.model.config.get_text_config().vocab_size
+            )
+            kind(loaded, prompt, params, cache, memory, stop, read_by, held).run(emit, queued_s)
 
     @contextmanager
     def _in_use(self, stop: threading.Event, doing: str) -> Iterator[LoadedModel]:

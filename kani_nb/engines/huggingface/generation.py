@@ -14,15 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from kani_nb.engines.base import Completion, FinishReason, PrefillProgress, StreamEvent
+from kani_nb.engines.base import Completion, FinishReason, PrefillProgress, StreamEvent, TokenLogprob
 from kani_nb.engines.huggingface.driving import CacheMode, Driving, forward
 from kani_nb.engines.huggingface.model_inputs import ModelInputs
 from kani_nb.engines.huggingface.parsers import ReadBy
 from kani_nb.engines.huggingface.placing import Placing
 from kani_nb.engines.huggingface.prefix_cache import CacheEntry, PrefixCache
 from kani_nb.engines.huggingface.prompting import AnswerMemory
-from kani_nb.engines.huggingface.sampling import Sampler
+from kani_nb.engines.huggingface.sampling import Sampler, token_logprob
 from kani_nb.engines.huggingface.text_stream import Detokenizer, StopStrings
+from kani_nb.engines.json_constraint import JsonConstraint
 from kani_nb.engines.parsers import PlainReader
 from kani_nb.errors import PromptTooLongError
 from kani_nb.generation_params import GenerationParams
@@ -102,6 +103,7 @@ class Generation:
         memory: ids of earlier answers.
         stop: set by whoever no longer wants the answer.
         read_by: takes the answer apart into text, reasoning and calls; None where it is just text.
+        constraint: what the answer is held to, from where its reasoning ends.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Generation:
         memory: AnswerMemory,
         stop: threading.Event,
         read_by: ReadBy | None = None,
+        constraint: JsonConstraint | None = None,
     ) -> None:
         room = loaded.context_tokens - len(prompt.ids)
         if room < 1:
@@ -131,6 +134,8 @@ class Generation:
         self._memory = memory
         self._stop = stop
         self._read_by = read_by
+        self._constraint = constraint
+        self._logprobs: list[TokenLogprob] = []
         self._seen: Any = None
         self._eos_ids = params.eos_token_id or loaded.eos_ids
         self._sampler = Sampler(params, loaded.model.generation_config, self._eos_ids, loaded.device)
@@ -170,6 +175,7 @@ class Generation:
                 cached_tokens=cached,
                 finish_reason=reason,
                 seed=self._sampler.seed,
+                logprobs=self._logprobs,
             )
         )
 
@@ -223,7 +229,7 @@ class Generation:
             if self._stop.is_set():
                 reason = FinishReason.CANCELLED
                 break
-            token = self._sampler.choose(logits, self._ids_tensor(), number)
+            token = self._choose(logits, number, is_free=getattr(reader, "is_reasoning", False))
             self._ids.append(token)
             if token in self._eos_ids:
                 reason = FinishReason.STOP
@@ -242,6 +248,17 @@ class Generation:
         if message.tool_calls and reason is FinishReason.STOP:
             reason = FinishReason.TOOL_CALLS
         return message, reason
+
+    def _choose(self, logits: Any, number: int, *, is_free: bool) -> int:
+        """The next token; `is_free` where the constraint does not hold yet."""
+        constraint = None if is_free else self._constraint
+        token = self._sampler.choose(logits, self._ids_tensor(), number, constraint)
+        if constraint is not None:
+            constraint.accept(token)
+        if self._params.logprobs is not None:
+            with self._loaded.tokenizer_lock:
+                self._logprobs.append(token_logprob(logits, token, self._params.logprobs, self._loaded.tokenizer))
+        return token
 
     def _ids_tensor(self) -> Any:
         """All ids so far, `(1, T) int64`, for the processors that look back; None where none does."""

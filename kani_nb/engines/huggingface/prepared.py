@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kani_nb.engines.huggingface.parsers import ReadBy
     from kani_nb.engines.huggingface.pipeline_prompt import Pipeline, PipelinePrompt
     from kani_nb.engines.huggingface.prompting import AnswerMemory, ChatTemplate
+    from kani_nb.engines.json_constraint import JsonConstraint
 
 
 class Prepared:
@@ -51,6 +52,7 @@ class Prepared:
         self._pipeline = pipeline
         self._media = media
         self._media_prompts: MediaPrompts | None = None
+        self._tokens: Any = None  # the vocabulary, as constraints read it
         self._lock = threading.Lock()
         self._request: LoadRequest | None = None
         self._tokenizer: Any = None
@@ -171,6 +173,24 @@ class Prepared:
                     self._media_prompts = MediaPrompts(self.request(), config, options, self._template_kwargs)
                 return self._media_prompts.encode(messages, functions)
         return self._template.encode(messages, functions)
+
+    def constraint(self, schema: str | None, eos_ids: Sequence[int], vocab_size: int) -> JsonConstraint | None:
+        """What holds an answer to a JSON schema; None where nothing was asked for, or nothing can.
+
+        Raises:
+            ConfigError: no answer can be held to this schema.
+        """
+        from kani_nb.engines.json_constraint import JsonConstraint, can_constrain
+
+        tokenizer = self.tokenizer()
+        if schema is None or not can_constrain() or not getattr(tokenizer, "is_fast", False):
+            return None
+        with self.tokenizer_lock:
+            if self._tokens is None:
+                from llguidance.hf import from_tokenizer
+
+                self._tokens = from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)))
+            return JsonConstraint(self._tokens, schema, eos_ids)
 
     @property
     def ignores_tools(self) -> bool:

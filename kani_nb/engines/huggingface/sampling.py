@@ -9,13 +9,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kani_nb.engines.base import TokenLogprob
 from kani_nb.generation_params import GenerationParams
+
+if TYPE_CHECKING:
+    from kani_nb.engines.json_constraint import JsonConstraint
 
 #: What transformers samples among where neither the request nor the model says.
 _TOP_K = 50
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+
+
+def token_logprob(logits: Any, token: int, alternatives: int, tokenizer: Any) -> TokenLogprob:
+    """How sure the model was of `token`, and what else it thought of.
+
+    Args:
+        logits: `(1, V)`, as the model gave them.
+        token: that was chosen.
+        alternatives: how many of the likeliest to give.
+        tokenizer: for their text.
+    """
+    import torch
+
+    logprobs = torch.log_softmax(logits[0].float(), dim=-1)
+    best = torch.topk(logprobs, alternatives) if alternatives else None
+    others = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best is not None else ()
+    return TokenLogprob(
+        tokenizer.decode([token]),
+        float(logprobs[token]),
+        tuple((tokenizer.decode([other]), value) for other, value in others),
+    )
 
 
 class Sampler:
@@ -80,19 +105,23 @@ class Sampler:
             processors.append(lp.TypicalLogitsWarper(mass=float(typical_p)))
         return processors
 
-    def choose(self, logits: Any, ids: Any, new_tokens: int) -> int:
+    def choose(self, logits: Any, ids: Any, new_tokens: int, constraint: JsonConstraint | None = None) -> int:
         """The next token.
 
         Args:
             logits: `(1, V)`, of the last position.
             ids: `(1, T) int64`, prompt and answer so far; may be None unless `needs_ids`.
             new_tokens: how many tokens the answer has already.
+            constraint: that says which tokens may come; it is told of the choice by the caller.
         """
         import torch
 
         if new_tokens < self._min_new_tokens and self._eos_ids:
             logits = logits.clone()
             logits[:, self._eos_ids] = -torch.inf
+        if constraint is not None:
+            allowed = torch.from_numpy(constraint.allowed()).to(logits.device)
+            logits = logits[:, : len(allowed)].masked_fill(~allowed[None, : logits.shape[1]], -torch.inf)
         if self.is_greedy and not self._processors:
             return int(logits.argmax(dim=-1))
         scores = logits.float()

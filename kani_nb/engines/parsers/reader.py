@@ -82,6 +82,11 @@ class AnswerReader:
         return events
 
     @property
+    def is_reasoning(self) -> bool:
+        """Whether what comes next is reasoning."""
+        return self._reasoning_open is not None
+
+    @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """The calls so far."""
         return tuple(ToolCall(each, call) for each, call in zip(self._ids, self._calls, strict=True))

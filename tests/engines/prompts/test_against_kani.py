@@ -30,25 +30,26 @@ kani = pytest.importorskip("kani", reason="kani is what ours is compared with: p
 
 # -- messages ---------------------------------------------------------------------------------------------------------
 
-texts = st.text(max_size=12) | st.sampled_from(["", " ", "None", "a\nb", "👩‍👩‍👧‍👦", "<s>[INST]", "{}", "42"])
+texts = st.text(max_size=12) | st.sampled_from(["", "", " ", "None", "a\nb", "👩‍👩‍👧‍👦", "<s>[INST]", "{}", "42"])
 parts = texts | st.builds(TextPart, texts) | st.builds(ReasoningPart, texts)
 contents = texts | st.lists(parts, max_size=4).map(tuple)
 arguments = st.dictionaries(st.text(max_size=4), st.none() | st.integers() | texts, max_size=2).map(json.dumps)
 ids = st.sampled_from(["a", "b", "c", "0123-4567-89ab"])
 calls = st.lists(st.builds(ToolCall, ids, st.builds(FunctionCall, st.sampled_from(["f", "g"]), arguments)), max_size=3)
-messages = st.one_of(
+kinds_of_message = [
     st.builds(ChatMessage.system, contents),
     st.builds(ChatMessage.user, contents, name=st.none() | texts),
     st.builds(ChatMessage.assistant, contents),
     st.builds(ChatMessage.assistant, st.none() | contents, tool_calls=calls.map(tuple)),
     st.builds(ChatMessage.function, st.sampled_from(["f", "g"]), contents, st.none() | ids),
-)
+]
 
 
 @st.composite
 def conversations(draw):
-    """Any messages in any order; in half of them, calls are followed by their results."""
-    drawn = draw(st.lists(messages, max_size=8))
+    """Messages of some kinds, so that equal ones often follow each other; or calls followed by their results."""
+    kinds = draw(st.lists(st.sampled_from(kinds_of_message), min_size=1, max_size=5))
+    drawn = draw(st.lists(st.one_of(kinds), max_size=8))
     if draw(st.booleans()):
         return drawn
     made = []
@@ -56,7 +57,10 @@ def conversations(draw):
         if message.role is not ChatRole.FUNCTION:
             made.append(message)
             made += [
-                ChatMessage.function(call.function.name, draw(contents), call.id) for call in message.tool_calls or ()
+                ChatMessage.function(
+                    call.function.name, draw(contents), draw(st.sampled_from([call.id, call.id, None]))
+                )
+                for call in message.tool_calls or ()
             ]
     return made
 
@@ -174,7 +178,7 @@ def step(method, *args, **keywords):
     return st.tuples(st.tuples(*args), st.fixed_dictionaries(keywords), st.tuples(*also)).map(put)
 
 
-steps = st.one_of(
+kinds_of_step = [
     step("translate_role", to=roles, also=[filters]),
     step("wrap", prefix=affixes, suffix=affixes, also=[filters]),
     step("merge_consecutive", also=[one_role, joins]),
@@ -185,7 +189,8 @@ steps = st.one_of(
     step("ensure_bound_function_calls", st.none() | st.just(shorter)),
     step("apply", st.sampled_from([keep, drop_empty, numbered]), also=[filters]),
     step("macro_apply", st.just(backwards)),
-)
+]
+steps = st.one_of(kinds_of_step)
 text_options = st.fixed_dictionaries(
     {},
     optional={
@@ -234,7 +239,20 @@ def without_nothing(talk):
     return [each.copy_with(content="") if each.content is None else each for each in talk]
 
 
-@settings(max_examples=400, deadline=None)
+def compare(talk, described, **how):
+    ours = build(PromptPipeline(), ChatRole, described)
+    theirs = build(kani.PromptPipeline(), kani.ChatRole, described)
+    assert run(ours, talk, **how) == run(theirs, [to_kani(each) for each in talk], **how)
+
+
+@pytest.mark.parametrize("kind", kinds_of_step, ids=[str(number) for number in range(len(kinds_of_step))])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), talk=conversations())
+def test_each_step_makes_the_same_of_any_conversation(kind, data, talk):
+    compare(talk, [data.draw(kind)])
+
+
+@settings(max_examples=300, deadline=None)
 @given(conversations(), st.lists(steps, max_size=5), terminals, st.booleans())
 def test_the_same_steps_make_the_same_of_any_conversation(talk, described, terminal, for_measurement):
     if terminal is not None:
@@ -242,10 +260,7 @@ def test_the_same_steps_make_the_same_of_any_conversation(talk, described, termi
         if terminal[0] == "conversation_fmt":
             talk = without_nothing(talk)
     assume(not for_measurement or all(each[0] != "ensure_bound_function_calls" for each in described))
-    ours = build(PromptPipeline(), ChatRole, described)
-    theirs = build(kani.PromptPipeline(), kani.ChatRole, described)
-    how = {"for_measurement": for_measurement}
-    assert run(ours, talk, **how) == run(theirs, [to_kani(each) for each in talk], **how)
+    compare(talk, described, for_measurement=for_measurement)
 
 
 @settings(max_examples=200, deadline=None)
