@@ -13,6 +13,7 @@
     │   ├── OutOfMemoryError     also a MemoryError
     │   └── DoesNotFitError      refused before loading: it needs more memory than there is
     ├── ArgumentsError           what a model passed to a function does not fit its parameters
+    ├── SchemaError              no answer had the type that was asked for
     ├── PromptError              the prompt cannot be given to this model
     │   └── PromptTooLongError
     └── ConversationError
@@ -106,6 +107,10 @@ class DoesNotFitError(EngineError):
 
 class ArgumentsError(KaniNbError):
     """What a model passed to a function does not fit its parameters; the text is for the model to read."""
+
+
+class SchemaError(KaniNbError):
+    """No answer had the type that was asked for."""
 
 
 class PromptError(KaniNbError):

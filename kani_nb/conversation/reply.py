@@ -6,10 +6,12 @@ Plain records; nothing here generates or commits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from kani_nb.conversation.structured import AnswerRejected
 from kani_nb.conversation.tools import ToolStep
 from kani_nb.conversation.tree import Turn
-from kani_nb.engines.base import StreamEvent
+from kani_nb.engines.base import StreamEvent, TokenLogprob
 from kani_nb.errors import PromptError
 from kani_nb.messages import ChatMessage, MediaPart, MessagePart
 from kani_nb.metrics.recorder import GenerationMetrics
@@ -34,6 +36,8 @@ class ChatReply:
         turn: the round as it was committed. Where nothing was (stopped before any text), it is in no conversation.
         number: the turn's number along its branch, from 1; where nothing was committed, that of the head (or 0).
         notices: what the person should know about this answer.
+        value: the answer as an object, where a type was asked for.
+        logprobs: how sure the model was of each token of its last message, where that was asked for.
     """
 
     text: str
@@ -42,6 +46,8 @@ class ChatReply:
     turn: Turn
     number: int
     notices: tuple[str, ...] = ()
+    value: Any = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def __repr__(self) -> str:
         """The text."""
@@ -52,7 +58,7 @@ class ChatReply:
         return self.text
 
 
-SessionEvent = StreamEvent | Notice | ToolStep | ChatReply
+SessionEvent = StreamEvent | Notice | ToolStep | AnswerRejected | ChatReply
 
 
 def user_message(prompt: Prompt) -> ChatMessage:

@@ -11,15 +11,18 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kani_nb.conversation.reply import Notice
 from kani_nb.conversation.round import Round, RoundRequest
+from kani_nb.conversation.structured import AnswerRejected, Structure, told
 from kani_nb.conversation.tools import MAX_FAILURES, Host, ToolRunner, Tools, ToolStep, not_run
-from kani_nb.engines.base import StreamEvent
+from kani_nb.engines.base import StreamEvent, TokenLogprob
+from kani_nb.errors import SchemaError
 from kani_nb.messages import ChatMessage, ToolCall
 from kani_nb.metrics.recorder import GenerationMetrics, combined
 
-TurnEvent = StreamEvent | Notice | ToolStep
+TurnEvent = StreamEvent | Notice | ToolStep | AnswerRejected
 
 
 @dataclass(slots=True)
@@ -30,6 +33,8 @@ class RunningTurn:
         request: what is asked of the engine first; what tools gave is added to it.
         tools: what the model may call; None where it may call nothing.
         host: where functions run.
+        structure: the type that the answer must have; None where any text will do.
+        value: the answer as an object of that type, when it is there.
         stop_reason: `cancelled` or `interrupted` once somebody asked for the end; `error` where memory ran out.
     """
 
@@ -37,10 +42,13 @@ class RunningTurn:
     loop: asyncio.AbstractEventLoop
     tools: Tools | None = None
     host: Host | None = None
+    structure: Structure | None = None
+    value: Any = None
     stop_reason: str = ""
     started_at: float = field(default_factory=time.time)
     _steps: list[ChatMessage] = field(default_factory=list)
     _notices: list[Notice] = field(default_factory=list)
+    _rejected: list[ChatMessage] = field(default_factory=list)
     _rounds: list[Round] = field(default_factory=list)
     _calling: asyncio.Task[ToolStep] | None = None
 
@@ -89,6 +97,12 @@ class RunningTurn:
         return (*self._steps, current.message)
 
     @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Of the latest message's tokens, where they were asked for."""
+        completion = self._rounds[-1].completion if self._rounds else None
+        return tuple(getattr(completion, "logprobs", None) or ())
+
+    @property
     def notices(self) -> list[Notice]:
         """What the person should know."""
         return [*self._notices, *(each for one in self._rounds for each in one.notices)]
@@ -106,8 +120,14 @@ class RunningTurn:
             async with aclosing(current.events()) as events:
                 async for event in events:
                     yield event
-            if self._is_stopped() or runner is None or not self._goes_on(current):
+            if self._is_stopped():
                 return
+            if runner is None or not self._goes_on(current):
+                rejected = self._rejection(current)
+                if rejected is None:
+                    return
+                yield rejected
+                continue
             self._steps.append(current.message)
             ended: list[ToolStep] = []
             async with aclosing(self._call_all(runner, current.message.tool_calls or ())) as steps:
@@ -126,6 +146,23 @@ class RunningTurn:
                 self._notices.append(notice)
                 yield notice
 
+    def _rejection(self, current: Round) -> AnswerRejected | None:
+        """Why the model must try again; None where its answer will do.
+
+        Raises:
+            SchemaError: it has tried often enough.
+        """
+        if self.structure is None:
+            return None
+        try:
+            self.value = self.structure.read(current.message.text)
+        except SchemaError as error:
+            if len(self._rejected) >= 2 * self.structure.retries:
+                raise self.structure.given_up(error) from None
+            self._rejected += [current.message, told(error)]
+            return AnswerRejected(f"{error.what}: {error.why}")
+        return None
+
     @staticmethod
     def _goes_on(current: Round) -> bool:
         """Whether calls follow what this generation said; one that was offered no function can call none."""
@@ -133,8 +170,14 @@ class RunningTurn:
 
     def _next_round(self, *, may_call: bool) -> Round:
         functions = self.tools.enabled if self.tools is not None and may_call else ()
-        pending = (*self.request.pending, *self._steps)
-        current = Round(replace(self.request, pending=pending, functions=functions), self.loop)
+        request = replace(self.request, pending=(*self.request.pending, *self._steps), functions=functions)
+        if self.structure is not None:
+            pending = [*self.structure.asked_for(request.pending), *self._rejected]
+            # A model that is held to a schema can call nothing.
+            is_held = self.request.engine.holds_to_schemas and not functions
+            more = {"json_schema": self.structure.schema_text} if is_held else {}
+            request = replace(request, pending=pending, params={**self.request.params, **more})
+        current = Round(request, self.loop)
         self._rounds.append(current)
         if self.stop_reason:
             current.stop(self.stop_reason)

@@ -8,22 +8,23 @@ interrupted), or neither. How an answer is generated and timed is `round`; where
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from kani_nb._loop import LoopThread
 from kani_nb.conversation.journal import Journal
+from kani_nb.conversation.kept import KeptConversation
 from kani_nb.conversation.reply import ChatReply, Notice, Prompt, SessionEvent, user_message
 from kani_nb.conversation.round import RoundRequest
 from kani_nb.conversation.running_turn import RunningTurn
 from kani_nb.conversation.store import ConversationStore
+from kani_nb.conversation.structured import Structure, structure_of
 from kani_nb.conversation.tools import Host, Tools, WorkerHost, tools_of
 from kani_nb.conversation.tree import CellRef, Conversation, Turn, new_id, replacement_notices
 from kani_nb.engines.base import BaseEngine
-from kani_nb.errors import ConversationBusyError, ConversationError, OutOfMemoryError, StoreError
+from kani_nb.errors import OutOfMemoryError, StoreError
 from kani_nb.messages import ChatMessage
 from kani_nb.metrics.recorder import GenerationMetrics, Recorder
 
@@ -40,9 +41,10 @@ class _Plan:
     parent_id: str | None
     cell: CellRef
     tools: Tools | None = None
+    structure: Structure | None = None
 
 
-class ChatSession:
+class ChatSession(KeptConversation):
     """One conversation on the current engine. Reading is safe from any thread.
 
     Args:
@@ -68,44 +70,13 @@ class ChatSession:
         store: ConversationStore | None,
         engine_name: Callable[[], str],
     ) -> None:
-        self._conversation = conversation
+        super().__init__(conversation, store)
         self._loop = loop
         self._engine = engine
         self._recorder = recorder
-        self._store = store
         self._engine_name = engine_name
-        self._lock = threading.Lock()
-        self._is_busy = False
-        self._round: RunningTurn | None = None
-        self._early_stop = ""
-        self._is_in_step = True
         self.tools: Tools | None = None
         self.host: Host = WorkerHost()
-
-    @property
-    def conversation(self) -> Conversation:
-        """The conversation as it is now: immutable, so that it can be kept."""
-        return self._conversation
-
-    @property
-    def history(self) -> list[ChatMessage]:
-        """The messages along the current branch, without the system prompt."""
-        return self._conversation.history
-
-    @property
-    def system(self) -> str | None:
-        """The system prompt."""
-        return self._conversation.system
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The turns along the current branch."""
-        return self._conversation.path()
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a round is running."""
-        return self._is_busy
 
     @property
     def answering_engine(self) -> BaseEngine | None:
@@ -116,7 +87,14 @@ class ChatSession:
     # Rounds.
 
     async def ask(
-        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, tools: Any = None, **params: Any
+        self,
+        prompt: Prompt,
+        *,
+        cell: CellRef | None = None,
+        append: bool = False,
+        tools: Any = None,
+        schema: Any = None,
+        **params: Any,
     ) -> ChatReply:
         """The answer to `prompt`. Awaitable from any event loop; cancelling ends the answer and keeps what has come.
 
@@ -125,6 +103,8 @@ class ChatSession:
             cell: the notebook cell that asks; see `Conversation.place`.
             append: never replace an earlier turn of the same cell.
             tools: functions that the model may call in this round, or `Tools`; None takes the conversation's own.
+            schema: the type that the answer must have (a pydantic model, a dataclass, `list[int]`, ...);
+                `ChatReply.value` is then an object of it.
             **params: generation parameters under transformers' names, given to the engine as they are.
 
         Raises:
@@ -132,13 +112,21 @@ class ChatSession:
             PromptTooLongError: the prompt alone does not fit the context.
             ConversationBusyError: a round is running on this conversation.
             NoEngineError: no engine is loaded.
+            SchemaError: no answer had the type that was asked for.
             OutOfMemoryError: memory did not suffice; what had come of the answer is committed, marked interrupted.
             EngineError: generation failed. As with every other error, nothing was committed then.
         """
-        return await self._loop.run(self._reply(lambda: self._ask_plan(prompt, cell, append, tools), params))
+        return await self._loop.run(self._reply(lambda: self._ask_plan(prompt, cell, append, tools, schema), params))
 
     def ask_sync(
-        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, tools: Any = None, **params: Any
+        self,
+        prompt: Prompt,
+        *,
+        cell: CellRef | None = None,
+        append: bool = False,
+        tools: Any = None,
+        schema: Any = None,
+        **params: Any,
     ) -> ChatReply:
         """`ask` for threads that cannot await: blocks until the answer is there. See `ask` for what it raises.
 
@@ -147,10 +135,17 @@ class ChatSession:
         Raises:
             RuntimeError: called on the loop's own thread.
         """
-        return self._loop.run_sync(self._reply(lambda: self._ask_plan(prompt, cell, append, tools), params))
+        return self._loop.run_sync(self._reply(lambda: self._ask_plan(prompt, cell, append, tools, schema), params))
 
     def stream(
-        self, prompt: Prompt, *, cell: CellRef | None = None, append: bool = False, tools: Any = None, **params: Any
+        self,
+        prompt: Prompt,
+        *,
+        cell: CellRef | None = None,
+        append: bool = False,
+        tools: Any = None,
+        schema: Any = None,
+        **params: Any,
     ) -> AsyncIterator[SessionEvent]:
         """The answer piece by piece, on any event loop; the last item is the `ChatReply`.
 
@@ -158,7 +153,9 @@ class ChatSession:
         too and no part of the answer; those known at the end are in the reply only.
         Leaving early ends the answer and keeps what has come. Raises what `ask` raises, when iterated.
         """
-        return self._loop.iterate(lambda: self._run(lambda: self._ask_plan(prompt, cell, append, tools), params))
+        return self._loop.iterate(
+            lambda: self._run(lambda: self._ask_plan(prompt, cell, append, tools, schema), params)
+        )
 
     async def retry(self, number: int | None = None, **params: Any) -> ChatReply:
         """Another answer to turn `number` of the branch (the last when None), as its sibling; the old one is kept.
@@ -204,87 +201,7 @@ class ChatSession:
                 return True
             return self._round.stop(reason)
 
-    # Changes without an answer.
-
-    def undo(self, n: int = 1) -> int:
-        """Move the head `n` turns up, and return how many it moved (fewer where the branch is shorter).
-
-        As with `switch`, `set_system` and `rename`: where the store cannot be written, the change holds in memory, is
-        written with the next round, and the `StoreError` is raised.
-
-        Raises:
-            ConversationError: `n` is below 1.
-            ConversationBusyError: a round is running.
-        """
-        with self._changing():
-            before = len(self.turns)
-            self._conversation = self._conversation.undone(n)
-            self._write_head()
-            return before - len(self.turns)
-
-    def switch(self, branch_number: int) -> None:
-        """Go to the end of another branch, by its number in `conversation.branches()`, from 1.
-
-        Raises:
-            ConversationError: there is no such branch.
-            ConversationBusyError: a round is running.
-        """
-        with self._changing():
-            self._conversation = self._conversation.moved_to(self._conversation.branch(branch_number).id)
-            self._write_head()
-
-    def set_system(self, text: str | None) -> None:
-        """Set the system prompt for the rounds to come; None removes it.
-
-        Raises:
-            ConversationBusyError: a round is running.
-        """
-        with self._changing():
-            self._conversation = self._conversation.with_system(text)
-            self._write_words()
-
-    def rename(self, name: str) -> None:
-        """Give the conversation another name.
-
-        Raises:
-            ConversationError: the name is empty.
-            ConversationBusyError: a round is running.
-        """
-        if not name.strip():
-            raise ConversationError("a conversation needs a name", why="this one is empty")
-        with self._changing():
-            self._conversation = self._conversation.renamed(name)
-            self._write_words()
-
-    def merge(self, stored: Conversation) -> None:
-        """Take in the turns that another process has added to the stored conversation; the head stays.
-
-        Raises:
-            ConversationBusyError: a round is running.
-        """
-        with self._changing():
-            self._conversation = self._conversation.with_turns_of(stored)
-
     # One round.
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Be the only one that changes the conversation, or be refused at once."""
-        with self._lock:
-            if self._is_busy:
-                raise ConversationBusyError(
-                    f"conversation {self._conversation.name!r} is answering",
-                    why="one round at a time",
-                    fix="wait for the answer, or end it with %chat stop",
-                )
-            self._is_busy = True
-            self._early_stop = ""
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._is_busy = False
-                self._round = None
 
     async def _reply(self, plan: Callable[[], _Plan], params: dict[str, Any]) -> ChatReply:
         async with aclosing(self._run(plan, params)) as events:
@@ -341,7 +258,8 @@ class ChatSession:
         """The round, known to `stop` from here on."""
         before = self._conversation.path(planned.parent_id) if planned.parent_id is not None else ()
         request = RoundRequest(self._engine(), self._conversation.system, before, (planned.prompt,), params)
-        running = RunningTurn(request, asyncio.get_running_loop(), planned.tools or self.tools, self.host)
+        tools = planned.tools or self.tools
+        running = RunningTurn(request, asyncio.get_running_loop(), tools, self.host, planned.structure)
         with self._lock:
             self._round = running
             if self._early_stop:
@@ -364,6 +282,8 @@ class ChatSession:
             metrics=metrics.to_dict(),
         )
         notices: list[str] = list(running.notices)
+        if running.request.params.get("logprobs") is not None and running.has_begun and not running.logprobs:
+            notices.append("this engine gives no probabilities of tokens")
         if running.has_begun:
             self._conversation = conversation.with_turn(turn)
             notices += replacement_notices(conversation, self._conversation)
@@ -374,7 +294,8 @@ class ChatSession:
         else:
             await journal.discard()
             notices += journal.problems
-        return ChatReply(running.message.text, running.message, metrics, turn, number, tuple(notices))
+        message = running.message
+        return ChatReply(message.text, message, metrics, turn, number, tuple(notices), running.value, running.logprobs)
 
     async def _save(self, turn: Turn) -> list[str]:
         """Write the turn; where that fails it stays in memory, and the notice says why."""
@@ -392,42 +313,17 @@ class ChatSession:
             return [f"a listener of the metrics failed: {error!r}"]
         return []
 
-    def _write(self, change: Callable[[ConversationStore], None]) -> None:
-        """Make `change` in the store, or write the whole conversation where the store has fallen behind."""
-        if self._store is None:
-            return
-        if self._is_in_step:
-            self._is_in_step = False
-            try:
-                change(self._store)
-                self._is_in_step = True
-            except StoreError:
-                raise
-            except ConversationError:  # not there yet, or deleted by another kernel
-                self._is_in_step = False
-        if not self._is_in_step:
-            self._store.create(self._conversation)
-            self._is_in_step = True
-
     # Plans.
 
-    def _ask_plan(self, prompt: Prompt, cell: CellRef | None, append: bool, tools: Any) -> _Plan:
+    def _ask_plan(self, prompt: Prompt, cell: CellRef | None, append: bool, tools: Any, schema: Any) -> _Plan:
         message = user_message(prompt)
         cell = cell or CellRef()
         parent_id = self._conversation.place(message.text, cell, append=append)
-        return _Plan(message, parent_id, cell, tools_of(tools))
+        return _Plan(message, parent_id, cell, tools_of(tools), structure_of(schema))
 
     def _again_plan(self, number: int | None, prompt: Prompt | None = None) -> _Plan:
         turn = self._conversation.turn_at(number)
         return _Plan(turn.prompt if prompt is None else user_message(prompt), turn.parent_id, turn.cell)
-
-    def _write_head(self) -> None:
-        conversation = self._conversation
-        self._write(lambda store: store.set_head(conversation.id, conversation.head))
-
-    def _write_words(self) -> None:
-        conversation = self._conversation
-        self._write(lambda store: store.update(conversation.id, name=conversation.name, system=conversation.system))
 
 
 async def _to_the_end(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -1,11 +1,13 @@
-"""Tools by the names that they have in the notebook: `%%chat --tools f,g` and `%chat tools`."""
+"""Functions and types by the names that they have in the notebook: `%%chat --tools f,g --schema T`, `%chat tools`."""
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kani_nb._runtime import runtime
+from kani_nb.conversation.structured import Structure
 from kani_nb.conversation.tools import Approval, Tools
 from kani_nb.errors import ConfigError, did_you_mean
 from kani_nb.functions import AIFunction, as_ai_function
@@ -50,17 +52,32 @@ def tools_named(names: str, namespace: Mapping[str, Any], approve: str | None, m
     return Tools(tuple(found), **{name: value for name, value in options.items() if value is not None})  # type: ignore[arg-type]
 
 
-def _look_up(name: str, namespace: Mapping[str, Any]) -> Any:
+def type_named(name: str, namespace: Mapping[str, Any]) -> Structure:
+    """The type of this name (or expression, as `list[int]`), for answers.
+
+    Raises:
+        ConfigError: there is none, or pydantic cannot describe it.
+    """
+    example = "class Answer(pydantic.BaseModel): ... in a cell above, then %%chat --schema Answer --into answer"
+    if name.replace(".", "").isidentifier() and not hasattr(builtins, name):
+        return Structure(_look_up(name, namespace, "type", example))
+    try:
+        return Structure(eval(name, dict(namespace)))  # noqa: S307 - the person's own code, as in any cell
+    except (SyntaxError, NameError, AttributeError, TypeError, KeyError) as error:
+        raise ConfigError(f"--schema {name!r} is no type", why=str(error), fix=example) from None
+
+
+def _look_up(name: str, namespace: Mapping[str, Any], kind: str = "function", example: str = _EXAMPLE) -> Any:
     first, *rest = name.split(".")
     if first not in namespace:
         callables = [key for key, value in namespace.items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"there is no function {name!r}", fix=did_you_mean(first, callables) or _EXAMPLE)
+        raise ConfigError(f"there is no {kind} {name!r}", fix=did_you_mean(first, callables) or example)
     value = namespace[first]
     for attribute in rest:
         try:
             value = getattr(value, attribute)
         except AttributeError:
-            raise ConfigError(f"there is no function {name!r}", why=f"{first} has no {attribute!r}") from None
+            raise ConfigError(f"there is no {kind} {name!r}", why=f"{first} has no {attribute!r}") from None
     return value
 
 

@@ -16,7 +16,7 @@ from kani_nb.config import split_options
 from kani_nb.errors import ConfigError, ConversationBusyError, PromptError, StoreError
 from kani_nb.generation_params import GenerationParams
 from kani_nb.notebook.chat_cell import OpenStream, is_blank, prompt_of, run_answer
-from kani_nb.notebook.chat_tools import add_tool_options, tools_named
+from kani_nb.notebook.chat_tools import add_tool_options, tools_named, type_named
 from kani_nb.notebook.chat_verbs import chat_verbs
 from kani_nb.notebook.interpolation import interpolate
 from kani_nb.notebook.secrets import refuse_secrets
@@ -42,6 +42,7 @@ _EXAMPLES = r"""Examples:
   %%chat --to poems                         in the conversation of that name, for this cell
   %%chat --engine second --into reply       by another loaded engine; the answer is in reply.text too
   %%chat --tools weather,convert            the model may call these functions of the notebook
+  %%chat --schema Recipe --into recipe      the answer as an object of that type
 
 Running the cell again replaces its turn; --append adds another. %chat help lists the verbs.
 """
@@ -63,6 +64,10 @@ def chat_parser() -> LineParser:
     parser.add_argument("--into", metavar="VARIABLE", help="assign the reply to a variable")
     parser.add_argument("--tools", metavar="F,G", help="functions of this notebook that the model may call")
     add_tool_options(parser)
+    parser.add_argument("--schema", metavar="TYPE", help="the answer is an object of this type; --into gets it")
+    parser.add_argument(
+        "--logprobs", type=int, nargs="?", const=5, metavar="N", help="each token's probability and N others, in reply"
+    )
     parser.add_argument("--quiet", action="store_true", help="show nothing")
     parser.add_argument("--help", "-h", action="store_true", help="show this")
     for option in GENERATION_OPTIONS:
@@ -119,6 +124,8 @@ class ChatMagics(Magics):
             return
         _check(args)
         params = split_options(vars(args), "generation")
+        if args.logprobs is not None:
+            params["logprobs"] = args.logprobs
         GenerationParams.from_kwargs(params)  # a bad value is refused before anything is changed
         rt = runtime()
         rt.need_engine(args.engine)
@@ -130,18 +137,19 @@ class ChatMagics(Magics):
         tools = None
         if args.tools is not None:
             tools = tools_named(args.tools, self.shell.user_ns, args.approve, args.max_steps)
+        schema = type_named(args.schema, self.shell.user_ns) if args.schema is not None else None
         ref = cell_ref(self.shell)
         # Nobody runs a cell again in a terminal: what is typed there twice was meant twice.
         append = args.append or not front_end(self.shell).has_kernel
         with _chosen(rt, args.to, args.engine) as session, _system(session, args.system):
             reply = self.answer(
                 session,
-                lambda: session.stream(prompt, cell=ref, append=append, tools=tools, **params),
+                lambda: session.stream(prompt, cell=ref, append=append, tools=tools, schema=schema, **params),
                 prompt,
                 is_quiet=args.quiet,
             )
         if args.into:
-            self.shell.user_ns[args.into] = reply
+            self.shell.user_ns[args.into] = reply if schema is None else reply.value
 
     def answer(
         self, session: ChatSession, open_stream: OpenStream, prompt: Prompt, *, is_quiet: bool = False

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from kani_nb.conversation.structured import AnswerRejected
 from kani_nb.conversation.tools import ToolStep
 from kani_nb.engines.base import BaseCompletion, PrefillProgress, ReasoningDelta, TextDelta, ToolCallDelta
 from kani_nb.messages import MessagePart
@@ -188,6 +189,8 @@ class StreamView:
             call[1] += event.arguments
         elif isinstance(event, ToolStep):
             self._take_step(event)
+        elif isinstance(event, AnswerRejected):
+            self._begin_again(event)
         elif not isinstance(event, BaseCompletion):
             self._reply = event
 
@@ -204,6 +207,16 @@ class StreamView:
         if self._surface.kind is SurfaceKind.TERMINAL:
             self._surface.write("\n" * bool(self._printed) + f"[{text.line}]\n")
             self._printed = 0
+
+    def _begin_again(self, rejected: AnswerRejected) -> None:
+        """The answer so far was none."""
+        if self._surface.kind is SurfaceKind.TERMINAL:
+            self._print_new()
+            self._surface.write(f"\n[{rejected.complaint}; the model tries again]\n")
+        self._notices.append(f"{rejected.complaint}; the model tries again")
+        self._pieces.clear()
+        self._growing = GrowingMarkdown()
+        self._printed = 0
 
     def _called(self) -> tuple[StepText, ...]:
         """The calls that have ended, and those that run."""
