@@ -156,7 +156,7 @@ class EngineRoster:
                 return LoadedEngine(config.model, self._engines[config.model], reused=True)
             engine = create_engine(config)
             await engine.prepare(progress)
-            chosen = name or self._free_name(_short_name(config.model))
+            chosen = name or self._free_name(_short_name(config.model, engine))
             replaceable = self._replaceable if name is None else None
             freed = [each for each in dict.fromkeys((chosen, replaceable)) if each in self._engines]
             lines = [self._configs[each].to_line() for each in freed if each in self._configs]
@@ -236,8 +236,11 @@ class EngineRoster:
             engine.slot = self._slots.setdefault(memory.device, Slot())  # type: ignore[attr-defined]
 
 
-def _short_name(model: str) -> str:
+def _short_name(model: str, engine: BaseEngine) -> str:
     """What an engine is called when nobody named it: the last part of its model."""
+    served = getattr(engine, "model", None)
+    if isinstance(served, str) and served:  # by a server, whose address says less
+        model = served
     name = model.split(":", 1)[0] if model.startswith("echo") else Path(model.rstrip("/\\")).name
     return name or model
 

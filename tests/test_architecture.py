@@ -49,7 +49,21 @@ ONLY_IN = {
     "llama_cpp": {"engines"},
     "ctransformers": {"engines"},
 }
-HEAVY = {"torch", "transformers", "plotly", "ipywidgets", "anywidget", "accelerate", "bitsandbytes", "httpx", "gguf", "kani", "llguidance", "PIL", "scipy"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "plotly",
+    "ipywidgets",
+    "anywidget",
+    "accelerate",
+    "bitsandbytes",
+    "httpx",
+    "gguf",
+    "kani",
+    "llguidance",
+    "PIL",
+    "scipy",
+}
 
 
 def modules():

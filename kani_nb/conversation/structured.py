@@ -44,17 +44,18 @@ class Structure:
 
         self.name = getattr(of, "__name__", None) or str(of)
         self.retries = retries
+        why = "it is a function" if inspect.isroutine(of) else ""
         try:
-            if inspect.isroutine(of):
-                raise TypeError("it is a function")
             self._adapter: TypeAdapter[Any] = TypeAdapter(of)
             self.schema: dict[str, Any] = self._adapter.json_schema()
         except (PydanticUserError, PydanticInvalidForJsonSchema, TypeError, NameError) as error:
+            why = why or str(error).splitlines()[0][:200]
+        if why:
             raise ConfigError(
                 f"{self.name} cannot be an answer's type",
-                why=str(error).splitlines()[0][:200],
+                why=why,
                 fix="class Answer(pydantic.BaseModel): ..., then --schema Answer",
-            ) from None
+            )
 
     @property
     def schema_text(self) -> str:

@@ -23,16 +23,14 @@ GROUP = "kani_nb.engines"
 
 # Needed where the package runs from its source tree, without having been installed.
 _OURS = {
+    "ctransformers": "kani_nb.engines.ctransformers:LlamaCTransformersEngine",
     "echo": "kani_nb.engines.echo:EchoEngine",
     "hf": "kani_nb.engines.huggingface:HuggingEngine",
     "kani": "kani_nb.engines.kani_adapter:KaniEngine",
+    "llamacpp": "kani_nb.engines.llamacpp:LlamaCppEngine",
+    "openai": "kani_nb.engines.openai:OpenAIEngine",
 }
 _ADDRESSES = {"http": "openai", "https": "openai", "openai": "openai", "vllm": "openai"}
-#: Names that are taken by engines which this version does not have.
-_LATER = {
-    "openai": "OpenAI-compatible servers",
-    "llamacpp": "llama.cpp",
-}
 
 
 class EngineSpec(NamedTuple):
@@ -66,10 +64,10 @@ def parse_spec(model: str) -> EngineSpec:
     if colon and re.fullmatch(r"[A-Za-z][\w.-]+", prefix) and not Path(text).exists():
         known = engine_names()
         registered = next((each for each in (prefix, name) if each in known), None)
-        if registered is None and name not in _LATER:
-            hint = did_you_mean(prefix, [*known, *_LATER, *_ADDRESSES]) or f"registered are {', '.join(known)}"
+        if registered is None:
+            hint = did_you_mean(prefix, [*known, *_ADDRESSES]) or f"registered are {', '.join(known)}"
             raise ConfigError(f"there is no engine {prefix!r} for {text!r}", fix=hint)
-        return EngineSpec(registered or name, rest)
+        return EngineSpec(registered, rest)
     if text.lower().endswith(".gguf"):
         return EngineSpec("llamacpp" if _has_llamacpp() else "hf", text)
     if not colon and text in engine_names() and not Path(text).exists():
@@ -78,7 +76,7 @@ def parse_spec(model: str) -> EngineSpec:
 
 
 def _has_llamacpp() -> bool:
-    return "llamacpp" in engine_names() and importlib.util.find_spec("llama_cpp") is not None
+    return importlib.util.find_spec("llama_cpp") is not None
 
 
 def engine_class(name: str) -> type[BaseEngine]:
@@ -91,12 +89,6 @@ def engine_class(name: str) -> type[BaseEngine]:
     """
     point = _entry_point(name)
     if point is None:
-        if name in _LATER:
-            raise ConfigError(
-                f"the engine {name!r} is not installed",
-                why=f"this version of kani_nb has none for {_LATER[name]}",
-                fix="load an alias, org/model, a folder or a .gguf file; `pip install -U kani-nb` for a newer version",
-            )
         known = engine_names()
         raise ConfigError(
             f"there is no engine {name!r}", fix=did_you_mean(name, known) or f"registered are {', '.join(known)}"

@@ -53,14 +53,14 @@ class Kernel:
         self.client.start_channels()
         self.client.wait_for_ready(timeout=60)
 
-    def send(self, code: str, *, cell_id: str | None = None) -> str:
+    def send(self, code: str, *, cell_id: str | None = None, allow_stdin: bool = False) -> str:
         """Ask for `code` to be run, as JupyterLab would from the cell `cell_id`; gives the request's id."""
         content = {
             "code": code,
             "silent": False,
             "store_history": True,
             "user_expressions": {},
-            "allow_stdin": False,
+            "allow_stdin": allow_stdin,
             "stop_on_error": True,
         }
         metadata = {} if cell_id is None else {"cellId": cell_id}
@@ -68,14 +68,17 @@ class Kernel:
         self.client.shell_channel.send(message)
         return str(message["header"]["msg_id"])
 
-    def collect(self, request: str, timeout: float = 60, on_output: Any = None) -> Outcome:
-        """Wait for the request to end; `on_output(message)` sees each of its iopub messages as it comes."""
+    def collect(self, request: str, timeout: float = 60, on_output: Any = None, person: Any = None) -> Outcome:
+        """Wait for the request to end; `on_output(message)` sees each of its iopub messages as it comes.
+
+        `person(question)` answers what `input()` asks.
+        """
         started = time.monotonic()
         outcome = Outcome("", {})
         displays: dict[str, list[int]] = {}
         is_idle = False
         while not is_idle:
-            message = self.client.get_iopub_msg(timeout=max(0.1, timeout - (time.monotonic() - started)))
+            message = self._next(timeout - (time.monotonic() - started), person)
             kind, content = message["msg_type"], message["content"]
             if kind == "update_display_data":
                 self._update(outcome, displays, content)
@@ -102,6 +105,17 @@ class Kernel:
         outcome.status, outcome.reply = reply["content"]["status"], reply["content"]
         outcome.duration_s = time.monotonic() - started
         return outcome
+
+    def _next(self, left: float, person: Any) -> dict[str, Any]:
+        """The next iopub message; questions that come before it are answered."""
+        ends = time.monotonic() + left
+        while person is not None and time.monotonic() < ends:
+            if self.client.stdin_channel.msg_ready():
+                self.client.input(person(self.client.get_stdin_msg(timeout=1)["content"]["prompt"]))
+            if self.client.iopub_channel.msg_ready():
+                break
+            time.sleep(0.02)
+        return self.client.get_iopub_msg(timeout=max(0.1, ends - time.monotonic()))
 
     @staticmethod
     def _update(outcome: Outcome, displays: dict[str, list[int]], content: dict[str, Any]) -> None:

@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from tests.kernels import overlays
-from tests.kernels.driver import kernel as start_kernel
+from tests.notebook.in_kernels import good, interrupt_when
 
 pytestmark = pytest.mark.kernels
 
@@ -44,39 +43,8 @@ kani_nb.engines.echo.EchoEngine.prepare = prepare
 """
 
 
-@pytest.fixture(params=["installed", *overlays.OVERLAYS])
-def kernel(request, own_home):
-    if request.param != "installed" and not overlays.is_installed(request.param):
-        pytest.skip(f"python -m tests.kernels.overlays installs {request.param}")
-    overlay = None if request.param == "installed" else request.param
-    with start_kernel(overlay, env={"KANI_NB_HOME": str(own_home), "OMP_NUM_THREADS": "1"}) as running:
-        good(running, "%load_ext kani_nb")
-        good(running, "%config KaniNB.plot = 'never'")
-        yield running
-
-
-def good(kernel, code, cell_id=None, **options):
-    outcome = kernel.run(code, cell_id=cell_id, **options)
-    while outcome.status == "aborted":  # for a moment after a cell failed, as if it had been queued behind that
-        outcome = kernel.run(code, cell_id=cell_id, **options)
-    assert outcome.status == "ok", outcome.text
-    return outcome
-
-
 def state(kernel):
     return json.loads(good(kernel, STATE).text)
-
-
-def interrupt_when(kernel, words):
-    """For `collect`: interrupts once, when an output holds `words`; remembers when."""
-    asked = []
-
-    def look(message):
-        if words in json.dumps(message["content"]) and message["msg_type"] != "execute_input" and not asked:
-            asked.append(time.monotonic())
-            kernel.interrupt()
-
-    return look, asked
 
 
 def interrupt_later(kernel, delay_s):

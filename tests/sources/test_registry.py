@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 from kani_nb.config import EngineConfig
-from kani_nb.engines.registry import create_engine, engine_class, engine_names, parse_spec
+from kani_nb.engines.base import BaseEngine
+from kani_nb.engines.registry import _OURS, GROUP, create_engine, engine_class, engine_names, parse_spec
 from kani_nb.errors import ConfigError, EngineError, MissingDependencyError
 
 ENGINES = """
@@ -109,7 +111,7 @@ def test_engines_of_other_packages_are_found_and_broken_ones_harm_nobody(neighbo
         ("org/model", ("hf", "org/model")),
         ("./folder", ("hf", "./folder")),
         ("C:\\models\\x", ("hf", "C:\\models\\x")),
-        ("model.gguf", ("hf", "model.gguf")),
+        ("ctransformers:org/model", ("ctransformers", "org/model")),
         ("hf:org/model", ("hf", "org/model")),
         ("HF:org/model", ("hf", "org/model")),
         ("echo", ("echo", "")),
@@ -126,12 +128,6 @@ def test_a_name_is_routed_to_its_engine(model: str, expected: tuple[str, str]) -
     assert parse_spec(model) == expected
 
 
-@pytest.mark.parametrize("model", ["openai:gpt-5", "http://localhost:8000/v1", "kani:x", "llamacpp:x.gguf"])
-def test_an_engine_of_a_later_release_is_a_clear_error(model: str) -> None:
-    with pytest.raises(ConfigError, match="is not installed"):
-        create_engine(EngineConfig(model))
-
-
 def test_an_unknown_engine_offers_near_misses() -> None:
     with pytest.raises(ConfigError, match="did you mean echo"):
         parse_spec("ecko:x")
@@ -139,18 +135,22 @@ def test_an_unknown_engine_offers_near_misses() -> None:
         engine_class("nothing")
 
 
-def test_a_gguf_file_goes_to_llama_cpp_where_that_is_registered_and_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    info = tmp_path / "llamas-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llamas\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[kani_nb.engines]\nllamacpp = llamas:Engine\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert parse_spec("model.gguf") == ("hf", "model.gguf"), "llama_cpp itself is not installed"
-    (tmp_path / "llama_cpp.py").touch()
-    importlib.invalidate_caches()
+def test_a_gguf_file_goes_to_llama_cpp_where_that_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "llama_cpp" else found(name))
+    assert parse_spec("model.gguf") == ("hf", "model.gguf")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found("json") if name == "llama_cpp" else found(name))
     assert parse_spec("model.gguf") == ("llamacpp", "model.gguf")
+
+
+@pytest.mark.parametrize("name", engine_names())
+def test_every_registered_engine_is_imported_without_the_library_behind_it(name: str) -> None:
+    assert issubclass(engine_class(name), BaseEngine)
+
+
+def test_ours_are_registered_as_a_strangers_would_be() -> None:
+    points = {each.name: each.value for each in entry_points(group=GROUP) if each.value.startswith("kani_nb.")}
+    assert points == _OURS
 
 
 def test_echo_is_created_from_its_configuration() -> None:

@@ -1,0 +1,68 @@
+"""Prompts made by a pipeline in the place of a file's chat template; see `template.ChatTemplate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kani_nb.engines.huggingface.prompting import PROBE, check_text, template_records
+from kani_nb.engines.llamacpp.guard import Guard, encode_prompt
+from kani_nb.engines.llamacpp.template import ChatTemplate, encode_with_tools
+from kani_nb.engines.llamacpp.vocabulary import Vocabulary
+from kani_nb.errors import PromptError
+from kani_nb.functions import tool_schemas
+from kani_nb.messages import ChatMessage, ChatRole
+
+Pipeline = Callable[..., Any]
+
+
+class PipelinePrompt:
+    """Messages to token ids by a pipeline.
+
+    Args:
+        pipeline: of `(messages, functions)`; gives text, token ids, or the records that the file's template reads.
+        vocabulary: of the file.
+        template: for pipelines that end in records.
+    """
+
+    def __init__(self, pipeline: Pipeline, vocabulary: Vocabulary, template: ChatTemplate) -> None:
+        self._pipeline = pipeline
+        self._vocabulary = vocabulary
+        self._template = template
+        self._ignores_tools: bool | None = None
+        self.source = template.source
+
+    @property
+    def ignores_tools(self) -> bool:
+        """Whether the pipeline says nothing of the tools it is given."""
+        if self._ignores_tools is None:
+            question = [ChatMessage.user("?")]
+            self._ignores_tools = bool(self._pipeline(question, PROBE) == self._pipeline(question, None))
+        return self._ignores_tools
+
+    def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
+        """The prompt's token ids.
+
+        Text that does not begin with the model's beginning-of-sequence token gets it.
+
+        Raises:
+            PromptError: a message is not text, or the pipeline refuses them.
+        """
+        if not messages:
+            raise PromptError("there is no message to answer")
+        return encode_with_tools(
+            lambda said, tools: self._encode(said, functions if tools else None),
+            messages,
+            functions,
+            lambda: self.ignores_tools,
+        )
+
+    def _encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None) -> list[int]:
+        template_records(messages)  # nothing but text
+        texts = [each.text if each.role is ChatRole.ASSISTANT else check_text(each.text) for each in messages]
+        guard = Guard(self._vocabulary, "".join(texts))
+        guarded = [each.copy_with(text=guard.marked(text)) for each, text in zip(messages, texts, strict=True)]
+        prompt = self._pipeline(guarded, functions)
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+            return self._template.encode_records(guard.unmarked(prompt), tool_schemas(functions) or None)
+        return encode_prompt(prompt, self._vocabulary, guard)

@@ -1,0 +1,22 @@
+"""What was loaded is given back, however often."""
+
+import psutil
+import pytest
+
+from kani_nb import ChatMessage
+from kani_nb.engines.llamacpp import LlamaCppEngine
+from tests.engines.llamacpp.tiny_gguf import write_gguf
+
+pytestmark = pytest.mark.llamacpp
+
+
+async def test_loading_and_closing_again_and_again_takes_no_more_memory(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", context=65536)  # 16 MiB of states
+    held = []
+    for _ in range(8):
+        engine = LlamaCppEngine(model_path=path, threads=1)
+        await engine.predict([ChatMessage.user("hello")], max_new_tokens=3)
+        assert engine.memory().kv_bytes == 16 * 2**20
+        await engine.close()
+        held.append(psutil.Process().memory_info().rss)
+    assert held[-1] - held[2] < 16 * 2**20
