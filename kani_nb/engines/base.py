@@ -14,10 +14,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kani_nb.errors import GenerationError
 from kani_nb.messages import ChatMessage
+
+if TYPE_CHECKING:
+    from kani_nb.engines.kinds import EngineKind
 
 
 class FinishReason(StrEnum):
@@ -216,6 +219,8 @@ class BaseEngine(ABC):  # noqa: B024 - which of stream and predict is defined is
 
     #: Tokens of prompt and answer together that the model can hold.
     max_context_size: int = 0
+    #: What the engine is for, for people who choose one; None says nothing.
+    kind: ClassVar[EngineKind | None] = None
     #: Whether an answer can be held to a JSON schema (`json_schema`); else it is asked for in words, and checked.
     holds_to_schemas: bool = False
     #: kani's name for what a call gets when the functions' budget is used up.

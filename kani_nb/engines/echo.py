@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from kani_nb.config import EngineConfig
 from kani_nb.engines.base import BaseEngine, Completion, FinishReason, PrefillProgress, StreamEvent, TextDelta
+from kani_nb.engines.kinds import EngineKind
 from kani_nb.engines.worker import Slot
 from kani_nb.errors import ConfigError, GenerationError, PromptTooLongError
 from kani_nb.generation_params import GenerationParams
@@ -37,6 +38,14 @@ class EchoEngine(BaseEngine):
     Raises:
         ConfigError: a negative time.
     """
+
+    kind = EngineKind(
+        runs="nothing: it repeats what it is told, for trying things out",
+        example="%load_engine echo:delay=0.05",
+        install="",
+        can=(),
+        tested="the contract",
+    )
 
     def __init__(
         self,

@@ -23,12 +23,13 @@ GROUP = "kani_nb.engines"
 
 # Needed where the package runs from its source tree, without having been installed.
 _OURS = {
-    "ctransformers": "kani_nb.engines.ctransformers:LlamaCTransformersEngine",
-    "echo": "kani_nb.engines.echo:EchoEngine",
     "hf": "kani_nb.engines.huggingface:HuggingEngine",
-    "kani": "kani_nb.engines.kani_adapter:KaniEngine",
     "llamacpp": "kani_nb.engines.llamacpp:LlamaCppEngine",
     "openai": "kani_nb.engines.openai:OpenAIEngine",
+    "kani": "kani_nb.engines.kani_adapter:KaniEngine",
+    "llama2": "kani_nb.engines.huggingface.llama2:LlamaEngine",
+    "ctransformers": "kani_nb.engines.ctransformers:LlamaCTransformersEngine",
+    "echo": "kani_nb.engines.echo:EchoEngine",
 }
 _ADDRESSES = {"http": "openai", "https": "openai", "openai": "openai", "vllm": "openai"}
 
@@ -43,6 +44,11 @@ class EngineSpec(NamedTuple):
 def engine_names() -> list[str]:
     """Every engine registered here, ours and strangers'; imports none of them."""
     return sorted({*_OURS, *(each.name for each in entry_points(group=GROUP))})
+
+
+def our_engine_names() -> list[str]:
+    """The engines of this package."""
+    return list(_OURS)
 
 
 def parse_spec(model: str) -> EngineSpec:
@@ -135,7 +141,7 @@ def create_engine(config: EngineConfig) -> BaseEngine:
     spec = parse_spec(config.model)
     found: Any = engine_class(spec.engine)
     if hasattr(found, "from_config"):
-        is_ours = spec.engine == "hf" and spec.model != config.model
+        is_ours = spec.engine in ("hf", "llama2") and spec.model != config.model
         engine = found.from_config(replace(config, model=spec.model) if is_ours and spec.model else config)
     else:
         engine = found(spec.model) if spec.model else found()

@@ -48,6 +48,7 @@ class EngineVerbs:
             [
                 Verb("list", "the engines that are loaded", self._list),
                 Verb("info", "what the current engine is and holds", self._info),
+                Verb("kinds", "the engines that there are, what each runs and can do", self._kinds),
                 Verb("use NAME", "let another loaded engine answer", self._use),
                 Verb("stats", "what this conversation's answers took", self._stats),
                 Verb(
@@ -90,6 +91,14 @@ class EngineVerbs:
             line = f"your own: {type(engine).__name__}" if config is None else config.to_line()
             rows.append(("*" if name == rt.engine_name else "", name, held, line))
         print_text(text_table(("", "name", "memory", "loaded with"), rows))
+
+    def _kinds(self, _rest: str) -> None:
+        from kani_nb.engines.kinds import kinds
+
+        for name, found, kind in kinds():
+            print_text(f"{name}  {found.__name__}: {kind.runs}")
+            print_text(f"    {kind.example}{f'   ({kind.install})' if kind.install else ''}")
+            print_text(f"    can: {', '.join(kind.can) or 'text'}; tested on: {kind.tested}")
 
     def _info(self, _rest: str) -> None:
         rt = runtime()

@@ -97,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="end with the same as one line of JSON")
     doctor.set_defaults(run=_doctor)
 
+    engines = commands.add_parser("engines", help="the engines that there are, as a Markdown table")
+    engines.set_defaults(run=_engines)
+
     compare = commands.add_parser("compare", help="measure a model's memory, speed and quality under several schemes")
     compare.add_argument("model", help="alias (smollm2), org/model or a folder")
     add_arguments(compare)
@@ -188,6 +191,13 @@ def _doctor(args: argparse.Namespace) -> int:
     print(for_shell(found.to_text()))
     if args.json:
         print(json.dumps(found.to_dict()))
+    return 0
+
+
+def _engines(_args: argparse.Namespace) -> int:
+    from kani_nb.engines.kinds import markdown_table
+
+    print(markdown_table())
     return 0
 
 

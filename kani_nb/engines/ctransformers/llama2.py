@@ -10,6 +10,7 @@ from typing import Any, Self
 from kani_nb.config import EngineConfig
 from kani_nb.engines.ctransformers.base import CTransformersEngine
 from kani_nb.engines.huggingface.llama2 import check_turns
+from kani_nb.engines.kinds import EngineKind
 from kani_nb.engines.prompts import LLAMA2_PIPELINE
 from kani_nb.errors import ConfigError
 from kani_nb.messages import ChatMessage
@@ -26,6 +27,14 @@ class LlamaCTransformersEngine(CTransformersEngine):
         strict: refuse conversations in which user and assistant do not take turns, instead of merging messages.
         kwargs: see `CTransformersEngine`.
     """
+
+    kind = EngineKind(
+        runs="old GGML files (gpt2, gptj, gpt-neox, starcoder, mpt, llama), in a process of their own",
+        example="%load_engine ctransformers:FILE.bin",
+        install="pip install 'kani-nb[ctransformers]'",
+        can=(),
+        tested="tiny files of seven kinds, written by the tests",
+    )
 
     def __init__(
         self,

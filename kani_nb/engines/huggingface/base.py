@@ -33,6 +33,7 @@ from kani_nb.engines.huggingface.arguments import (
 )
 from kani_nb.engines.huggingface.keeping import KeepsWeights
 from kani_nb.engines.huggingface.prepared import Prepared
+from kani_nb.engines.kinds import Ability, EngineKind
 from kani_nb.engines.worker import Slot, iterate_in_thread, run_in_thread
 from kani_nb.errors import ConfigError, GenerationError, KaniNbError, ModelUnavailableError
 from kani_nb.generation_params import GenerationParams
@@ -90,6 +91,23 @@ class HuggingEngine(KeepsWeights):
     Raises:
         ConfigError: an unknown scheme or parameter, a setting the scheme does not have, or a value outside its range.
     """
+
+    kind = EngineKind(
+        runs="models of transformers, in any precision, on any device map; media with the extra `multimodal`",
+        example="%load_engine org/model --quant nf4",
+        install="",
+        can=(
+            Ability.TOOLS,
+            Ability.REASONING,
+            Ability.SCHEMAS,
+            Ability.IMAGES,
+            Ability.AUDIO,
+            Ability.LOGPROBS,
+            Ability.REUSE,
+            Ability.MEMORY,
+        ),
+        tested="tiny models of 29 architectures, LLaVA, Qwen2-Audio and T5 among them; SmolLM2-135M",
+    )
 
     def __init__(
         self,

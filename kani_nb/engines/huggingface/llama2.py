@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kani_nb.engines.huggingface.base import HuggingEngine
+from kani_nb.engines.kinds import Ability, EngineKind
 from kani_nb.engines.prompts import LLAMA2_PIPELINE
 from kani_nb.errors import PromptError
 from kani_nb.messages import ChatMessage, ChatRole
@@ -27,6 +28,20 @@ class LlamaEngine(HuggingEngine):
         args, kwargs: see `HuggingEngine`, whose older names are taken too: `use_auth_token`,
             `model_load_kwargs={"load_in_4bit": True}`.
     """
+
+    kind = EngineKind(
+        runs="LLaMA 2 chat, and what was taught its format",
+        example="%load_engine llama2:meta-llama/Llama-2-7b-chat-hf",
+        install="",
+        can=(
+            Ability.TOOLS,
+            Ability.SCHEMAS,
+            Ability.LOGPROBS,
+            Ability.REUSE,
+            Ability.MEMORY,
+        ),
+        tested="a tiny Llama with such a tokenizer",
+    )
 
     def __init__(
         self, model_id: str = "meta-llama/Llama-2-7b-chat-hf", *args: Any, strict: bool = False, **kwargs: Any

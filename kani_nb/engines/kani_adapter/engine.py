@@ -39,6 +39,7 @@ from kani_nb.engines.kani_adapter.calls import (
 from kani_nb.engines.kani_adapter.messages import from_kani, functions_to_kani, kani_module, to_kani
 from kani_nb.engines.kani_adapter.names import factory_of
 from kani_nb.engines.kani_adapter.params import Asked, Family, StreamedText, family_of, limit_held
+from kani_nb.engines.kinds import Ability, EngineKind
 from kani_nb.engines.worker import Emit, Slot, iterate_in_thread, run_in_thread
 from kani_nb.errors import ConfigError, PromptTooLongError
 from kani_nb.generation_params import GenerationParams
@@ -61,6 +62,19 @@ class KaniEngine(BaseEngine):
         ConfigError: `engine` is neither.
         MissingDependencyError: kani is not installed.
     """
+
+    kind = EngineKind(
+        runs="engines of the kani package: Anthropic, Google and the rest of its table",
+        example="%load_engine kani:anthropic:claude-sonnet-4-5",
+        install="pip install 'kani-nb[kani]'",
+        can=(
+            Ability.TOOLS,
+            Ability.REASONING,
+            Ability.IMAGES,
+            Ability.AUDIO,
+        ),
+        tested="kani 1.10: its HuggingEngine, engines of the tests' own; no paid service",
+    )
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from kani_nb.config import EngineConfig, check_limits
 from kani_nb.engines.base import BaseEngine, EngineMemory, EngineNotice, LoadProgress, ProgressCallback, StreamEvent
 from kani_nb.engines.huggingface.library_errors import free_memory
 from kani_nb.engines.huggingface.prompting import call_build_prompt
+from kani_nb.engines.kinds import Ability, EngineKind
 from kani_nb.engines.llamacpp.files import GgufRequest, parse_model
 from kani_nb.engines.llamacpp.fitting import check_fits, context_of
 from kani_nb.engines.llamacpp.generation import Generation
@@ -58,6 +59,20 @@ class LlamaCppEngine(BaseEngine):
     Raises:
         ConfigError: both or neither of a repository and a path, an unknown parameter, or a value outside its range.
     """
+
+    kind = EngineKind(
+        runs="GGUF files",
+        example="%load_engine model.gguf",
+        install="pip install 'kani-nb[llamacpp]'",
+        can=(
+            Ability.TOOLS,
+            Ability.REASONING,
+            Ability.SCHEMAS,
+            Ability.LOGPROBS,
+            Ability.REUSE,
+        ),
+        tested="tiny Llama, Gemma 3 and Mamba files; SmolLM2-135M in Q4_1",
+    )
 
     holds_to_schemas = True
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 
 from kani_nb.config import EngineConfig, check_limits
 from kani_nb.engines.base import BaseEngine, LoadProgress, PrefillProgress, ProgressCallback, StreamEvent
+from kani_nb.engines.kinds import Ability, EngineKind
 from kani_nb.engines.openai.address import default_base, holds_credentials, read_address, split_address
 from kani_nb.engines.openai.asking import ServerHabits, ask
 from kani_nb.engines.openai.client import OpenAIClient
@@ -58,6 +59,21 @@ class OpenAIEngine(BaseEngine):
     Raises:
         ConfigError: an unknown parameter, a value outside its range, or an address that is none.
     """
+
+    kind = EngineKind(
+        runs="any server with OpenAI's chat API: vLLM, llama.cpp, Ollama, OpenAI",
+        example="%load_engine vllm:http://host:8000/v1",
+        install="",
+        can=(
+            Ability.TOOLS,
+            Ability.REASONING,
+            Ability.SCHEMAS,
+            Ability.IMAGES,
+            Ability.AUDIO,
+            Ability.LOGPROBS,
+        ),
+        tested="`transformers serve` and llama-cpp-python's server; others played by a stand-in",
+    )
 
     #: kani's name for what a call gets when the functions' budget is used up.
     disable_function_calling_kwargs: ClassVar[dict[str, Any]] = {"tool_choice": "none"}
