@@ -75,6 +75,7 @@ class ChatSession(KeptConversation):
         self._engine = engine
         self._recorder = recorder
         self._engine_name = engine_name
+        self._asked_with: dict[str, tuple[Tools | None, Structure | None]] = {}  # by turn: to ask it so again
         self.tools: Tools | None = None
         self.host: Host = WorkerHost()
 
@@ -238,6 +239,7 @@ class ChatSession(KeptConversation):
                             journal.begin()
                 is_generating = False
                 reply = await _to_the_end(self._settle(running, draft, journal))
+                self._asked_with[draft.id] = (planned.tools, planned.structure)
             except (asyncio.CancelledError, GeneratorExit):  # the one who asked has left: what has come is kept
                 if is_generating:
                     await _to_the_end(self._settle(running, draft, journal))
@@ -323,7 +325,9 @@ class ChatSession(KeptConversation):
 
     def _again_plan(self, number: int | None, prompt: Prompt | None = None) -> _Plan:
         turn = self._conversation.turn_at(number)
-        return _Plan(turn.prompt if prompt is None else user_message(prompt), turn.parent_id, turn.cell)
+        asked = turn.prompt if prompt is None else user_message(prompt)
+        tools, structure = self._asked_with.get(turn.id, (None, None))
+        return _Plan(asked, turn.parent_id, turn.cell, tools, structure)
 
 
 async def _to_the_end(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -36,7 +36,7 @@ def stat_line(metrics: GenerationMetrics) -> str:
     What is not known is left out.
     """
     parts = [
-        _counted(metrics.completion_tokens, "token"),
+        _counted(metrics.completion_tokens, "token") + (f" in {metrics.steps} steps" if metrics.steps > 1 else ""),
         "" if metrics.tokens_per_s is None else f"{metrics.tokens_per_s:,.1f} tok/s",
         "" if metrics.ttft_s is None else f"first after {seconds(metrics.ttft_s)}",
         f"waited {seconds(metrics.queued_s)} for the engine" if metrics.queued_s >= _NOTICEABLE_S else "",

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kani_nb.messages import ChatMessage, ChatRole, MediaPart, MessagePart
+from kani_nb.messages import ChatMessage, ChatRole, MediaPart, MessagePart, TextPart
 from kani_nb.notebook import math
 from kani_nb.notebook.render import showable
 from kani_nb.notebook.theme import style_tag
@@ -21,6 +21,8 @@ from kani_nb.notebook.theme import style_tag
 _COMMANDING = re.compile("[\x1b\x80-\x9f\ud800-\udfff]")
 #: Characters of a call and of its result that an output holds; the conversation has all of it.
 _LONGEST_RESULT = 4_000
+#: Characters of an attached text that an output shows; the model gets all of it.
+_LONGEST_ATTACHED = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class StepText:
         if self.result is None:
             return called
         mark = "failed:" if self.is_error else "→"
-        return f"{called} {mark} {_brief(self.result, 120)}"
+        return f"{called} {mark} {_brief(self.result.removeprefix(f'{self.name} failed: '), 120)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class TurnText:
 
     Attributes:
         prompt: the user's words.
+        prompt_html: the same as safe HTML with its pictures, where it has some (`thumbnails.prompt_html`).
         answer: the answer so far.
         answer_html: the same as safe HTML.
         model: who answers.
@@ -74,6 +77,7 @@ class TurnText:
     answer: str
     answer_html: str
     model: str
+    prompt_html: str = ""
     reasoning: str = ""
     steps: Sequence[StepText] = ()
     status: str = ""
@@ -96,7 +100,7 @@ class TurnText:
         who = _escape(self.model)
         busy = "true" if is_running else "false"
         head = f'<div class="kani-nb {math.IGNORE_CLASS}" role="log" aria-label="Chat turn" aria-busy="{busy}">'
-        user = f'<div class="kani-nb-who">You</div><div dir="auto">{_escape(self.prompt)}</div>'
+        user = f'<div class="kani-nb-who">You</div><div dir="auto">{self.prompt_html or _escape(self.prompt)}</div>'
         user_class = "kani-nb-user kani-nb-above" if self.is_prompt_above else "kani-nb-user"
         parts = [
             f'{head}<article class="{user_class}" aria-label="You">{user}</article>',
@@ -180,12 +184,15 @@ def prompt_text(prompt: str | Sequence[MessagePart | str]) -> str:
     """A prompt as text, with its media named in place."""
     if isinstance(prompt, str):
         return prompt
-    return "".join(_part_text(part) for part in prompt)
+    return "".join(part_text(part) for part in prompt)
 
 
-def _part_text(part: MessagePart | str) -> str:
+def part_text(part: MessagePart | str) -> str:
+    """One part as text: media are named, and a long text that is attached is shortened."""
     if isinstance(part, MediaPart):
         return f"[{part.mime}, {len(part.data):,} bytes]"
+    if isinstance(part, TextPart) and len(part.content) > _LONGEST_ATTACHED:
+        return f"{shortened(part.content, _LONGEST_ATTACHED)}\n\n"
     return str(part)
 
 

@@ -376,6 +376,17 @@ async def test_the_conversations_own_tools_are_offered_in_every_round(open_sessi
     assert [names for _, names in engine.seen] == [["add"], ["add"]]
 
 
+async def test_a_turn_is_asked_again_with_the_tools_it_had(open_session):
+    engine = Calling("no", TWO_AND_THREE, "It is 5.")
+    session = open_session(engine)
+    await session.ask("2 + 3?", tools=[add])
+    reply = await session.retry()
+    assert reply.text == "It is 5."
+    assert [names for _, names in engine.seen] == [["add"]] * 3
+    await session.edit(1, "4 + 4?")
+    assert engine.seen[-1][1] == ["add"]
+
+
 def test_tools_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="two tools are called 'add'"):
         Tools((add, add))

@@ -35,7 +35,7 @@ BLOCKS = [
     Block(KANI_ENGINES, "the same block", "test_an_engine_in_fp4_with_transformers_4_arguments"),
     Block(KANI_1X, "HuggingEngine(model_id=...)", "test_a_model_by_its_id_alone"),
     Block(KANI_1X, "the same, with a chat template", "test_a_model_by_its_id_alone"),
-    Block(KANI_1X, "Qwen3-Omni with its own classes", "not run: multimodal models come with the whole engine family"),
+    Block(KANI_1X, "Qwen3-Omni with its own classes", "tests/engines/test_multimodal.py"),
     Block(KANI_1X, "BitsAndBytesConfig in model_load_kwargs", "test_a_bitsandbytes_config_in_model_load_kwargs"),
     Block(TRANSFORMERS, "load_in_4bit, device_map auto", "test_four_and_eight_bits_by_their_old_flags"),
     Block(TRANSFORMERS, "load_in_8bit, device_map auto", "test_four_and_eight_bits_by_their_old_flags"),

@@ -115,6 +115,28 @@ async def test_the_documents_names_of_the_rate_are_taken(hearing, name):
         engine_of(hearing, **{name: 0})
 
 
+async def test_the_documents_own_classes_and_end_of_sequence_are_taken(hearing):
+    from transformers import Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor
+
+    engine = HuggingEngine(
+        str(hearing),
+        max_context_size=320,
+        audio_sr=16000,
+        model_cls=Qwen2AudioForConditionalGeneration,
+        tokenizer_cls=Qwen2AudioProcessor,
+        eos_token_id=[2],
+        threads=1,
+        dtype="float32",
+    )
+    plain = engine_of(hearing)
+    asked = [ChatMessage.user((TONE, "What is it?"))]
+    assert (await answer(engine, asked)).message == (await answer(plain, asked)).message
+    assert type(engine.model) is Qwen2AudioForConditionalGeneration
+    assert engine.max_context_size == 320
+    await engine.close()
+    await plain.close()
+
+
 def huge_png():
     """A PNG of few bytes that says it has 40,000 x 40,000 pixels."""
 

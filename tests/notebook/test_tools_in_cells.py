@@ -91,7 +91,7 @@ def hang() -> None:
     began = time.monotonic()
     printed = cells.good("%%chat --tools hang\ngo")
     assert time.monotonic() - began < 10
-    assert "[hang() failed: hang failed: took longer than 0.3 s]" in printed
+    assert "[hang() failed: took longer than 0.3 s]" in printed
     assert "Done." in printed
 
 

@@ -70,7 +70,8 @@ def load_tokenizer(request: LoadRequest) -> Any:
     with one_at_a_time(request.name), translated(request.name, request.files), quiet():
         from transformers import AutoTokenizer
 
-        return (request.tokenizer_cls or AutoTokenizer).from_pretrained(str(request.folder), **options)
+        loaded = (request.tokenizer_cls or AutoTokenizer).from_pretrained(str(request.folder), **options)
+        return getattr(loaded, "tokenizer", loaded)  # the documents give a processor's class here
 
 
 def load_config(request: LoadRequest) -> Any:

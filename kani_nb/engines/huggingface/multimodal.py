@@ -65,7 +65,9 @@ def load_processor(request: LoadRequest) -> Any:
     with translated(request.name, request.files), quiet():
         from transformers import AutoProcessor
 
-        processor = (request.tokenizer_cls or AutoProcessor).from_pretrained(str(request.folder), **options)
+        is_processor = request.tokenizer_cls is not None and "Processor" in request.tokenizer_cls.__name__
+        found = request.tokenizer_cls if is_processor else AutoProcessor
+        processor = found.from_pretrained(str(request.folder), **options)
     if not callable(processor) or getattr(processor, "tokenizer", None) is None:
         raise ModelFilesError(f"{request.name} has no processor for images or sound", fix="check its files")
     return processor
