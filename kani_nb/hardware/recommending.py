@@ -62,8 +62,8 @@ def recommend(
     fast = ""
     if scheme in (cpu_speeds or {}):
         fast = f", its products {speeds[scheme]:.1f} times as fast as bfloat16's (measured on this CPU)"
-    elif scheme != "none":
-        fast = f", at {speeds.get(scheme, 1.0):.1f} times the speed of bfloat16 (measured on a server CPU)"
+    elif scheme != "none" and scheme in speeds:
+        fast = f", at {speeds[scheme]:.1f} times the speed of bfloat16 (measured on a server CPU)"
     return best, f"recommended: {_quality(rows[best])}{fast}{tight}"
 
 
@@ -75,5 +75,7 @@ def _quality(row: PlanRow) -> str:
     if row.settings.is_none:
         return "it fits as it is, and nothing answers better"
     kl = _kl(row)
+    if row.settings.scheme not in KL_NATS:
+        return "it fits, and what its answers are worth was not measured (%engine compare does that)"
     worth = "nearly the original's answers" if kl <= _NEARLY_THE_SAME else "the best answers of what fits"
     return f"{worth} (KL divergence {kl:.2g} nats from full precision, measured on a model of 135 M parameters)"

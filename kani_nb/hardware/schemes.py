@@ -8,9 +8,10 @@ How a scheme is carried out is transformers' (`transformers_config`), or this pa
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
@@ -261,12 +262,15 @@ def gguf_schemes() -> tuple[Scheme, ...]:
 
 def scheme_names() -> list[str]:
     """Every scheme's name, ours and strangers'; imports none of the latter."""
-    strangers = sorted(each.name for each in entry_points(group=GROUP))
-    return list(dict.fromkeys([*(each.name for each in (*_OURS, *_GGUF)), *strangers]))
+    return list(dict.fromkeys([*(each.name for each in (*_OURS, *_GGUF)), *_strangers_names()]))
+
+
+def _strangers_names() -> list[str]:
+    return sorted({each.name.lower() for each in entry_points(group=GROUP)} - {each.name for each in (*_OURS, *_GGUF)})
 
 
 def find_scheme(name: str) -> Scheme:
-    """The scheme of that name; one of another package is imported now.
+    """The scheme of that name; one of another package is imported now. No other package takes over a name of ours.
 
     Raises:
         ConfigError: there is none (with the near misses), or what is registered is no scheme or cannot be imported.
@@ -275,10 +279,12 @@ def find_scheme(name: str) -> Scheme:
     for scheme in (*_OURS, *_GGUF):
         if scheme.name == _SYNONYMS.get(wanted, wanted):
             return scheme
-    point = next((each for each in entry_points(group=GROUP) if each.name.lower() == wanted), None)
-    if point is not None:
-        return _imported(point)
-    fix = did_you_mean(wanted, scheme_names()) or f"the schemes are {', '.join(each.name for each in _OURS)}"
+    try:
+        return _strangers_scheme(wanted, tuple(sys.path))
+    except LookupError:
+        pass
+    known = [*(each.name for each in _OURS), *_strangers_names()]
+    fix = did_you_mean(wanted, scheme_names()) or f"the schemes are {', '.join(known)}"
     if wanted in ("int4", "q4", "4-bit"):
         fix = "nf4 (bitsandbytes), or cpu-int4 on a CPU (torch's own)"
     raise ConfigError(f"there is no quantization scheme {name!r}", fix=fix)
@@ -288,16 +294,35 @@ def find_scheme(name: str) -> Scheme:
 _SYNONYMS = {"8bit": "int8", "llm.int8": "int8", "llm_int8": "int8", "4bit": "nf4", "full": "none"}
 
 
+@cache
+def _strangers_scheme(wanted: str, _path: tuple[str, ...]) -> Scheme:
+    """The scheme of another package; only what was found is kept, since a plan asks many times, and looking is slow.
+
+    Raises:
+        LookupError: nobody registered it.
+        ConfigError: it cannot be imported, or is no scheme of that name.
+    """
+    point = next((each for each in entry_points(group=GROUP) if each.name.lower() == wanted), None)
+    if point is None:
+        raise LookupError(wanted)
+    return _imported(point)
+
+
 def _imported(point: EntryPoint) -> Scheme:
     owner = point.dist.name if point.dist is not None else "another package"
+    said = f"the quantization scheme {point.name!r} of {owner}"
+    fix = f"update {owner}, or take another scheme"
     try:
         found = point.load()
     except Exception as error:
-        raise ConfigError(
-            f"the quantization scheme {point.name!r} of {owner} could not be imported",
-            why=f"{type(error).__name__}: {error}",
-            fix=f"update {owner}, or take another scheme",
-        ) from error
+        raise ConfigError(f"{said} could not be imported", why=f"{type(error).__name__}: {error}", fix=fix) from error
     if not isinstance(found, Scheme):
-        raise ConfigError(f"the quantization scheme {point.name!r} of {owner} is {found!r}", why="that is no Scheme")
+        raise ConfigError(f"{said} is {_short(found)}", why="that is no Scheme", fix=fix)
+    if found.name.lower() != point.name.lower():  # it would be looked for by its own name later
+        raise ConfigError(f"{said} calls itself {found.name!r}", why="both names must be the same", fix=fix)
     return found
+
+
+def _short(found: object) -> str:
+    text = " ".join(repr(found).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -308,11 +308,13 @@ def _show_turn(turn: Turn) -> None:
     from kani_nb.notebook.render import markdown_to_html
     from kani_nb.notebook.stat_line import stat_line
     from kani_nb.notebook.surface import Surface, SurfaceKind
+    from kani_nb.notebook.thumbnails import prompt_html
     from kani_nb.notebook.transcript import TurnText, prompt_text, step_texts
 
     text = turn.answer.text if turn.answer is not None else ""
     bundle = TurnText(
         prompt=prompt_text(_as_prompt(turn.prompt.content)),
+        prompt_html=prompt_html(_as_prompt(turn.prompt.content)),
         answer=text,
         answer_html=markdown_to_html(text),
         model=turn.model or "Assistant",

@@ -26,6 +26,7 @@ class Grammar:
         first: names that may stand as the first word.
         after: for a first word (a verb), names that may follow it.
         files_after: first words (verbs) that a path may follow.
+        file_flags: flags of `options` whose value may be a path.
         first_is_file: the first word may be a path, when it looks like one.
     """
 
@@ -33,6 +34,7 @@ class Grammar:
     first: NameSource = tuple
     after: Mapping[str, NameSource] = field(default_factory=dict)
     files_after: Sequence[str] = ()
+    file_flags: Sequence[str] = ()
     first_is_file: bool = False
 
 
@@ -72,10 +74,14 @@ def complete(grammars: Mapping[str, Grammar], line: str) -> Completions | None:
     words = rest.split()
     fragment = "" if not rest or rest[-1].isspace() else words.pop()
     flag, equals, value = fragment.partition("=")
+    if equals and flag in grammar.file_flags:
+        return Completions(value, _paths(value))
     if equals and flag in grammar.options:
         return _matching(value, grammar.options[flag]())
     if fragment.startswith("-"):
         return _matching(fragment, list(grammar.options))
+    if words and words[-1] in grammar.file_flags:
+        return Completions(fragment, _paths(fragment))
     if words and words[-1] in grammar.options:
         values = grammar.options[words[-1]]()
         if values:

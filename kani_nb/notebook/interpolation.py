@@ -7,11 +7,13 @@ IPython: the caller passes the namespace.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from kani_nb.errors import PromptError
 from kani_nb.messages import MessagePart
+
+T = TypeVar("T")
 
 #: How far an expression may reach, and how many closing braces are tried as its end.
 _LONGEST = 4000
@@ -40,20 +42,23 @@ def _pieces(text: str, namespace: dict[str, Any]) -> Iterator[MessagePart | str]
             position = start + 2
             continue
         yield text[position:start]
-        found = _expression(text, start + 2)
+        found = expression_at(text, start + 2)
         if found is None:
             yield "{{"
             position = start + 2
             continue
         expression, position = found
-        yield _evaluate(expression, namespace)
+        yield evaluate(expression, namespace, _render)
     yield text[position:]
 
 
-def _expression(text: str, start: int) -> tuple[str, int] | None:
+def expression_at(text: str, start: int) -> tuple[str, int] | None:
     """The expression that begins at `start` and where its closing braces end, or None where the braces are literal.
 
     The first `}}` that makes it valid Python closes it, so that dicts and strings may hold braces.
+
+    Raises:
+        PromptError: it is not Python.
     """
     first_error: SyntaxError | None = None
     first = ""
@@ -81,10 +86,16 @@ def _expression(text: str, start: int) -> tuple[str, int] | None:
     )
 
 
-def _evaluate(expression: str, namespace: dict[str, Any]) -> MessagePart | str:
+def evaluate(expression: str, namespace: dict[str, Any], read: Callable[[Any], T]) -> T:
+    """What `read` makes of the expression's value.
+
+    Raises:
+        PromptError: it raised, and is named; or `read` refused the value.
+    """
     try:
-        value = eval(compile(expression, "<prompt>", "eval"), namespace)  # noqa: S307 - the person's own code
-        return _render(value)
+        return read(eval(compile(expression, "<prompt>", "eval"), namespace))  # noqa: S307 - the person's own code
+    except PromptError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever the person's expression raises is reported, by name
         message = str(error)
         raise PromptError(

@@ -15,6 +15,7 @@ from kani_nb._runtime import Runtime, runtime
 from kani_nb.config import split_options
 from kani_nb.errors import ConfigError, ConversationBusyError, PromptError, StoreError
 from kani_nb.generation_params import GenerationParams
+from kani_nb.notebook.attachments import parts_of, with_expressions_quoted
 from kani_nb.notebook.chat_cell import OpenStream, is_blank, prompt_of, run_answer
 from kani_nb.notebook.chat_tools import add_tool_options, tools_named, type_named
 from kani_nb.notebook.chat_verbs import chat_verbs
@@ -42,6 +43,7 @@ _EXAMPLES = r"""Examples:
   %%chat --to poems                         in the conversation of that name, for this cell
   %%chat --engine second --into reply       by another loaded engine; the answer is in reply.text too
   %%chat --tools weather,convert            the model may call these functions of the notebook
+  %%chat -a plot.png -a {{fig}}             files, addresses and the notebook's own pictures before the prompt
   %%chat --schema Recipe --into recipe      the answer as an object of that type
 
 Running the cell again replaces its turn; --append adds another. %chat help lists the verbs.
@@ -58,6 +60,13 @@ def chat_parser() -> LineParser:
     )
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--append", action="store_true", help="add a turn even if this cell has one")
+    parser.add_argument(
+        "--attach",
+        "-a",
+        action="append",
+        metavar="FILE|URL|{{expr}}",
+        help="an image, sound, video or text that goes with the prompt (may be given again)",
+    )
     parser.add_argument("--engine", "--as", dest="engine", metavar="NAME", help="let this loaded engine answer")
     parser.add_argument("--to", metavar="CONVERSATION", help="in this conversation, which is started if there is none")
     parser.add_argument("--system", metavar="TEXT", help="set the conversation's system prompt")
@@ -118,7 +127,7 @@ class ChatMagics(Magics):
 
     def _ask(self, line: str, cell: str) -> None:
         parser = chat_parser()
-        args = parser.parse_line(line)
+        args = parser.parse_line(with_expressions_quoted(line))
         if args.help:
             print_text(parser.format_help() + "\n" + _EXAMPLES)
             return
@@ -130,10 +139,13 @@ class ChatMagics(Magics):
         rt = runtime()
         rt.need_engine(args.engine)
         prompt = interpolate(prompt_of(cell), self.shell.user_ns)
-        if is_blank(prompt):
+        if is_blank(prompt) and not args.attach:
             raise PromptError(
                 "the prompt is empty", why="nothing stands below %%chat", fix="write what you want to ask"
             )
+        if args.attach:
+            words = (prompt,) if isinstance(prompt, str) else prompt
+            prompt = (*parts_of(args.attach, self.shell.user_ns, rt.loop), *(each for each in words if each))
         tools = None
         if args.tools is not None:
             tools = tools_named(args.tools, self.shell.user_ns, args.approve, args.max_steps)

@@ -12,13 +12,13 @@ from kani_nb.notebook.verbs import VerbTable
 
 def grammars(chat: VerbTable, engine: VerbTable, kani: VerbTable) -> dict[str, Grammar]:
     """The grammar of every magic's line."""
-    bare = dict.fromkeys(("--append", "--into", "--quiet", "--system", "--help"), no_names)
+    bare = dict.fromkeys(("--append", "--attach", "-a", "--into", "--quiet", "--system", "--help"), no_names)
     turn_verbs = dict.fromkeys(("retry", "edit"), turns)
     chat_flags = {**GENERATION_FLAGS, **bare, "--engine": engines, "--to": conversations}
     return {
         "%load_engine": Grammar({**LOAD_FLAGS, "--as": no_names, "--help": no_names}, first=models, first_is_file=True),
         "%unload_engine": Grammar(first=engines),
-        "%%chat": Grammar(chat_flags),
+        "%%chat": Grammar(chat_flags, file_flags=("--attach", "-a")),
         "%chat": Grammar(
             {
                 **GENERATION_FLAGS,

@@ -20,6 +20,7 @@ from kani_nb.messages import MessagePart
 from kani_nb.notebook.render import GrowingMarkdown, markdown_to_html
 from kani_nb.notebook.stat_line import stat_line
 from kani_nb.notebook.surface import Surface, SurfaceKind
+from kani_nb.notebook.thumbnails import prompt_html
 from kani_nb.notebook.transcript import StepText, TurnText, prompt_text, shortened, step_texts
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class StreamView:
         is_prompt_above: bool = False,
         kind: SurfaceKind | None = None,
     ) -> None:
+        self._parts = prompt
         self._prompt = prompt_text(prompt)
         self._figure = figure
         self._is_prompt_above = is_prompt_above
@@ -136,6 +138,7 @@ class StreamView:
         turn = TurnText(
             # A prompt that was refused stands in the cell; a saved notebook need not hold it again, however long it is.
             prompt=self._prompt if error is None else shortened(self._prompt, _LONGEST_PROMPT_IN_FRAMES),
+            prompt_html=prompt_html(self._parts) if error is None else "",
             answer=text,
             answer_html=markdown_to_html(text),
             model=self._model,

@@ -43,3 +43,17 @@ def test_branches_are_completed_by_their_numbers(cells):
 def test_python_s_own_names_are_not_offered_on_a_line_of_ours(cells):
     assert "print" not in completed(cells.shell, "%chat undo pri")
     assert "print" not in completed(cells.shell, "%load_engine pri")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("%%chat -a ta", ["talk.json"]),
+        ("%%chat --attach mod", ["models/"]),
+        ("%%chat --attach=models/ti", ["models/tiny.gguf"]),
+        ("%%chat -a talk.json -a ./mod", ["./models/"]),
+        ("%%chat --att", ["--attach"]),
+    ],
+)
+def test_paths_are_completed_after_what_attaches_them(cells, folder, line, expected):
+    assert completed(cells.shell, line) == expected
