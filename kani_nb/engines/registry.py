@@ -112,7 +112,9 @@ def engine_class(name: str) -> type[BaseEngine]:
             fix=_who(point),
         ) from error
     if not (isinstance(found, type) and issubclass(found, BaseEngine)):
-        raise ConfigError(f"the engine {name!r} is {point.value}", why="that is not a subclass of BaseEngine")
+        raise ConfigError(
+            f"the engine {name!r} is {point.value}", why="that is not a subclass of BaseEngine", fix=_who(point)
+        )
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kani_nb.hardware.plans import PlanRow
+from kani_nb.hardware.schemes import gguf_schemes
 
 #: Mean KL divergence from float32, in nats per token, of SmolLM2-135M-Instruct over the 643 tokens of
 #: `kani-nb compare smollm2 --schemes none,cpu-int8,int8,nf4,nf4+dq,fp4,cpu-int4+g64` (gptq: `pytest -m gptq`).
@@ -32,8 +33,8 @@ def recommend(
 
     On a GPU the best answers of what fits with headroom: full precision is also the fastest there. On a CPU the
     fastest of those whose answers are as good: within 0.02 nats of the original, or within a quarter of the best that
-    fits. GPTQ is never recommended for a checkpoint that would first have to be made into one. Where nothing has
-    headroom, what fits without is taken by the same rule.
+    fits. GPTQ is never recommended for a checkpoint that would first have to be made into one, nor a type of GGUF
+    files, which would have to be found. Where nothing has headroom, what fits without is taken by the same rule.
 
     Args:
         rows: of one plan.
@@ -44,7 +45,9 @@ def recommend(
     able = [at for at, row in enumerate(rows) if row.fits and row.settings.scheme in KL_NATS]
     able = [at for at in able if rows[at].settings.scheme != "gptq" or len(rows) == 1]
     roomy = [at for at in able if rows[at].has_headroom]
-    chosen_from = roomy or able or [at for at, row in enumerate(rows) if row.fits]
+    foreign = {each.name for each in gguf_schemes()}  # a file that has it must be found first
+    others = [at for at, row in enumerate(rows) if row.fits and (len(rows) == 1 or row.settings.scheme not in foreign)]
+    chosen_from = roomy or able or others
     if not chosen_from:
         return None, ""
     is_roomy = any(rows[at].has_headroom for at in chosen_from)

@@ -21,6 +21,14 @@ from kani_nb.quantization import Quantization
 from tests.hardware.published import published, seconds_of_reading
 
 _GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def without_llama_cpp(monkeypatch):
+    """Where llama.cpp is installed, plans have rows for types of GGUF files too."""
+    monkeypatch.setattr("kani_nb.hardware.planner.missing_packages", lambda scheme: ("llama_cpp",))
+
+
 NF4, INT8 = Quantization("nf4"), Quantization("int8")
 
 
@@ -320,6 +328,18 @@ def test_a_checkpoint_without_a_dtype_is_counted_by_the_size_of_its_files():
     half = plan_row(shape, Quantization(), budgets=budgets_of("h100"), file_bytes=13_476_839_424)
     assert (half.dtype, half.disk_bytes) == ("float16", 13_476_839_424)
     assert half.weight_bytes == pytest.approx(2 * 6.738e9, rel=0.01)
+
+
+def test_where_llama_cpp_is_installed_files_of_its_types_are_planned_and_never_recommended(monkeypatch):
+    monkeypatch.setattr("kani_nb.hardware.planner.missing_packages", lambda scheme: ())
+    plan = make_plan(published("llama-7B"), budgets=[cpu(30 * _GIB)])
+    names = [row.settings.scheme for row in plan.rows]
+    assert {"q4_k_m", "q8_0"} <= set(names)
+    assert plan.best is not None
+    assert plan.best.line
+    small = make_plan(published("llama-65B"), budgets=[cpu(30 * _GIB)])
+    assert "q2_k" in {row.settings.scheme for row in small.rows if row.fits} <= {"q2_k", "q3_k_m"}
+    assert small.best is None
 
 
 def test_the_line_of_a_row_loads_what_was_planned():
