@@ -27,6 +27,7 @@ class Grammar:
         after: for a first word (a verb), names that may follow it.
         files_after: first words (verbs) that a path may follow.
         file_flags: flags of `options` whose value may be a path.
+        list_flags: flags of `options` whose value is a list with commas.
         first_is_file: the first word may be a path, when it looks like one.
     """
 
@@ -35,6 +36,7 @@ class Grammar:
     after: Mapping[str, NameSource] = field(default_factory=dict)
     files_after: Sequence[str] = ()
     file_flags: Sequence[str] = ()
+    list_flags: Sequence[str] = ()
     first_is_file: bool = False
 
 
@@ -77,15 +79,15 @@ def complete(grammars: Mapping[str, Grammar], line: str) -> Completions | None:
     if equals and flag in grammar.file_flags:
         return Completions(value, _paths(value))
     if equals and flag in grammar.options:
-        return _matching(value, grammar.options[flag]())
+        return _values(grammar, flag, value)
     if fragment.startswith("-"):
         return _matching(fragment, list(grammar.options))
     if words and words[-1] in grammar.file_flags:
         return Completions(fragment, _paths(fragment))
     if words and words[-1] in grammar.options:
-        values = grammar.options[words[-1]]()
-        if values:
-            return _matching(fragment, values)
+        found = _values(grammar, words[-1], fragment)
+        if found.names:
+            return found
     plain = [word for word in words if not word.startswith("-")]
     if not plain:
         if grammar.first_is_file and fragment.startswith((".", "/", "~")):
@@ -96,6 +98,12 @@ def complete(grammars: Mapping[str, Grammar], line: str) -> Completions | None:
     if len(plain) == 1 and plain[0] in grammar.after:
         return _matching(fragment, grammar.after[plain[0]]())
     return Completions(fragment, ())
+
+
+def _values(grammar: Grammar, flag: str, fragment: str) -> Completions:
+    """What the value of a flag may become; of a list its last item."""
+    head, comma, _ = fragment.rpartition(",") if flag in grammar.list_flags else ("", "", "")
+    return _matching(fragment, [f"{head}{comma}{name}" for name in grammar.options[flag]()])
 
 
 def _paths(fragment: str) -> tuple[str, ...]:

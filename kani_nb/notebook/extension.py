@@ -37,7 +37,9 @@ def load(shell: Any) -> None:
     settings.undo.callback(bus.uninstall)
     settings.undo.callback(_register_magics(shell, (chat, engine, kani)))
     settings.undo.callback(install_bare_cell(shell))
-    settings.undo.callback(install_completion(shell, grammars(chat.verbs, engine.verbs, kani.verbs)))
+    settings.undo.callback(
+        install_completion(shell, grammars(chat.verbs, engine.verbs, kani.verbs, lambda: shell.user_ns))
+    )
     shell.configurables.append(settings)
     path = notebook_path(shell)
     if path:
