@@ -50,7 +50,7 @@ class AnswerReader:
         self._format = answer_format
         self._tools = frozenset(tools)
         self._held = ""
-        self._spaces = ""  # at the end of the text so far: dropped where a call follows
+        self._spaces = ""  # at the end of the text so far: dropped where a call follows, or nothing
         self._reasoning_open: Markers | None = self._open_in(prompt_end)
         self._call_open: CallFormat | None = None
         self._is_bare = False
@@ -121,7 +121,7 @@ class AnswerReader:
             self._say(events, self._take(len(self._held) - keep))
             return False
         at, start, what = min(found, key=lambda each: each[0])
-        self._say(events, self._take(at), before_marker=True)
+        self._say(events, self._take(at))
         self._take(len(start))
         if isinstance(what, CallFormat):
             self._call_open = what
@@ -185,18 +185,15 @@ class AnswerReader:
         taken, self._held = self._held[:length], self._held[length:]
         return taken
 
-    def _say(self, events: list[StreamEvent], text: str, *, before_marker: bool = False) -> None:
+    def _say(self, events: list[StreamEvent], text: str) -> None:
         text = self._spaces + text
-        self._spaces = ""
         if not self._text and (self._reasoning or self._calls):
             text = text.lstrip()
-        if before_marker or self._format.calls:
-            body = text.rstrip()
-            self._spaces = text[len(body) :]
-            text = body
-        if text:
-            self._text.append(text)
-            events.append(TextDelta(text, self._tokens))
+        body = text.rstrip()
+        self._spaces = text[len(body) :]
+        if body:
+            self._text.append(body)
+            events.append(TextDelta(body, self._tokens))
 
     def _call(self, events: list[StreamEvent], calls: Sequence[FunctionCall]) -> None:
         self._spaces = ""

@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kani_nb.engines.base import ReasoningDelta, TextDelta, ToolCallDelta
@@ -127,7 +127,8 @@ def test_text_is_handed_on_as_soon_as_it_can_be_told():
     reader = AnswerReader(format_of(HERMES, has_tools=True), ("weather",))
     assert reader.push("Hello") == ["Hello"]
     assert reader.push(" <tool") == []
-    assert reader.push("box>") == [" <toolbox>"]
+    assert reader.push("box> ") == [" <toolbox>"]
+    assert reader.push("!") == [" !"]
 
 
 def joined(events):
@@ -166,6 +167,7 @@ FRAGMENTS = st.lists(
 )
 
 
+@settings(max_examples=300)
 @given(
     fragments=FRAGMENTS,
     cuts=st.lists(st.integers(0, 200), max_size=12),
@@ -173,6 +175,7 @@ FRAGMENTS = st.lists(
     prompt_end=st.sampled_from(["", "assistant\n<think>\n"]),
     tools=st.sampled_from([(), ("add",)]),
 )
+@example(["</think>", " ", "<think>"], [9], HERMES, "", ())
 def test_any_cutting_of_any_answer_reads_the_same(fragments, cuts, template, prompt_end, tools):
     written = "".join(fragments)
     places = sorted({0, len(written), *(min(each, len(written)) for each in cuts)})
