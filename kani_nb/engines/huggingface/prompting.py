@@ -209,19 +209,31 @@ class ChatTemplate:
             ids: list[int] = apply(records, tokenize=True, return_dict=False, sanitize_control_tokens=True, **options)
             return ids
         control = [token for token in self._tokenizer.all_special_tokens if token]
-        if not any(token in str(record.get("content")) for record in records for token in control):
+        texts = [_text_of(record) for record in records]
+        if not any(token in text for text in texts for token in control):
             return list(apply(records, tokenize=True, return_dict=False, **options))
         # Before transformers 5.16 or so: render with marks in place of the contents, and encode those as plain text.
         marks = [f"\ue000{number}\ue001" for number in range(len(records))]
-        marked = [record | {"content": mark} for record, mark in zip(records, marks, strict=True)]
+        marked = [_with_text(record, mark) for record, mark in zip(records, marks, strict=True)]
         rendered = apply(marked, tokenize=False, **options)
         encoded: list[int] = []
         for piece in re.split("(\ue000[0-9]+\ue001)", rendered):
             is_content = piece in marks
-            text = records[marks.index(piece)]["content"] if is_content else piece
+            text = texts[marks.index(piece)] if is_content else piece
             options = {"add_special_tokens": False, "split_special_tokens": is_content}
             encoded += self._tokenizer(text, **options)["input_ids"] if text else []
         return encoded
+
+
+def _text_of(record: dict[str, Any]) -> str:
+    """The text of a record whose content is text, or parts of text."""
+    content = record.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _with_text(record: dict[str, Any], text: str) -> dict[str, Any]:
+    is_text = isinstance(record.get("content"), str)
+    return record | {"content": text if is_text else [{"type": "text", "text": text}]}
 
 
 def _way_out(complaint: str, records: list[dict[str, Any]]) -> str:
