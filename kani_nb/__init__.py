@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from kani_nb.engines.base import BaseCompletion, BaseEngine, Completion, TextDelta
     from kani_nb.engines.echo import EchoEngine
     from kani_nb.engines.huggingface import HuggingEngine
+    from kani_nb.engines.huggingface.llama2 import LlamaEngine
+    from kani_nb.engines.llamacpp import LlamaCppEngine
+    from kani_nb.engines.openai import OpenAIEngine
     from kani_nb.engines.prompts import PromptPipeline
     from kani_nb.errors import KaniNbError
     from kani_nb.functions import ai_function
@@ -34,6 +37,9 @@ _HOMES = {
     "GenerationParams": "kani_nb.generation_params",
     "HuggingEngine": "kani_nb.engines.huggingface",
     "KaniNbError": "kani_nb.errors",
+    "LlamaCppEngine": "kani_nb.engines.llamacpp",
+    "LlamaEngine": "kani_nb.engines.huggingface.llama2",
+    "OpenAIEngine": "kani_nb.engines.openai",
     "PromptPipeline": "kani_nb.engines.prompts",
     "Runtime": "kani_nb._runtime",
     "TextDelta": "kani_nb.engines.base",
@@ -54,6 +60,9 @@ __all__ = [
     "GenerationParams",
     "HuggingEngine",
     "KaniNbError",
+    "LlamaCppEngine",
+    "LlamaEngine",
+    "OpenAIEngine",
     "PromptPipeline",
     "Runtime",
     "TextDelta",

@@ -100,10 +100,13 @@ def check_limits(*, max_context_size: Any, threads: Any, cache_gib: Any) -> None
         raise ConfigError(f"cache_gib is {cache_gib!r}", why="it must be a number of at least 0")
 
 
+_MODEL_HELP = "alias (smollm2), org/model, folder, FILE.gguf, http://host:8000/v1, or ENGINE:MODEL (%%engine kinds)"
+
+
 def load_parser(prog: str = "%load_engine") -> LineParser:
     """The parser of `%load_engine`'s line: a model and every `LOAD_OPTIONS`."""
     parser = LineParser(prog=prog, add_help=False, description="Load a model and make it the current engine.")
-    parser.add_argument("model", nargs="?", help="alias (smollm2), org/model, folder, FILE.gguf, or echo")
+    parser.add_argument("model", nargs="?", help=_MODEL_HELP)
     for option in LOAD_OPTIONS:
         option.add_to(parser)
     return parser

@@ -36,7 +36,12 @@ class KaniNbError(Exception):
         what: what could not be done, with the offending value.
         why: the reason, when it is not plain from `what`.
         fix: the next command or action.
+
+    Attributes:
+        reply: the `ChatReply` with what came before, which is kept in the conversation; None where nothing is.
     """
+
+    reply: Any = None
 
     def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
         super().__init__(what)
@@ -91,14 +96,7 @@ class GenerationError(EngineError):
 
 
 class OutOfMemoryError(EngineError, MemoryError):
-    """The device's memory did not suffice; what the attempt held has been freed.
-
-    Attributes:
-        reply: the `ChatReply` with the part of an answer that came before, which is kept in the conversation; None
-            where there is none.
-    """
-
-    reply: Any = None
+    """The device's memory did not suffice; what the attempt held has been freed. An answer's part is its `reply`."""
 
 
 class DoesNotFitError(EngineError):

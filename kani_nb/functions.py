@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
@@ -17,6 +18,11 @@ from kani_nb.messages import ChatMessage, ChatRole, MessagePart
 
 #: Seconds that a call may take unless the function says otherwise.
 DEFAULT_TIMEOUT_S = 60.0
+
+
+#: What OpenAI's API takes, and with it the templates of most models.
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+_WRAP = "wrap it in a function of your own, whose parameters have names and types"
 
 
 class AIParam:
@@ -70,7 +76,13 @@ class AIFunction:
             raise ConfigError(f"timeout_s is {timeout_s!r}", why="a call needs time")
         summary, described = _docstring(inner)
         self.inner = inner
-        self.name = name or inner.__name__
+        self.name = name or str(getattr(inner, "__name__", ""))
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"{self.name or inner!r} cannot be a function's name for a model",
+                why="it must be of at most 64 letters, digits, _ and -",
+                fix="def it, or give it one: ai_function(f, name='...')",
+            )
         self.desc = desc if desc is not None else summary
         self.after = ChatRole(after)
         self.auto_retry = auto_retry
@@ -78,7 +90,7 @@ class AIFunction:
         self.enabled = enabled
         self.read_only = read_only
         self.timeout_s = timeout_s
-        self._validate = _validator(inner, self.name)
+        self._validate = _validator(inner, self.name, needs_types=json_schema is None)
         self.json_schema = json_schema or _parameters(self._validate, described, self.name)
 
     @property
@@ -109,7 +121,7 @@ class AIFunction:
 
         try:
             given = json.loads(arguments) if arguments.strip() else {}
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ArgumentsError(f"the arguments of {self.name} are not JSON: {error}") from None
         if not isinstance(given, dict):
             raise ArgumentsError(f"the arguments of {self.name} must be a JSON object, not {type(given).__name__}")
@@ -118,6 +130,8 @@ class AIFunction:
         except ValidationError as error:
             wrong = "; ".join(_complaint(each) for each in error.errors(include_url=False)[:5])
             raise ArgumentsError(f"the arguments of {self.name} do not fit: {wrong}") from None
+        except Exception as error:  # of a validator that the person wrote
+            raise ArgumentsError(f"the arguments of {self.name} do not fit: {type(error).__name__}: {error}") from error
         return read
 
     def __repr__(self) -> str:
@@ -217,16 +231,22 @@ def result_text(result: Any) -> str | tuple[MessagePart | str, ...]:
     return str(result)
 
 
-def _validator(inner: Callable[..., Any], name: str) -> Callable[..., dict[str, Any]]:
+def _validator(inner: Callable[..., Any], name: str, *, needs_types: bool) -> Callable[..., dict[str, Any]]:
     """A function that takes what `inner` takes, by name, and gives it back converted."""
     from pydantic import ConfigDict, validate_call
     from pydantic.errors import PydanticUserError
 
-    signature = inspect.signature(inner)
+    try:
+        signature = inspect.signature(inner)
+    except ValueError as error:
+        raise ConfigError(f"{name} cannot be described to a model", why=str(error), fix=_WRAP) from None
     for each in signature.parameters.values():
+        if needs_types and each.annotation is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD:
+            fix = "pass it of an object: --tools thing.method" if each.name == "self" else f"{each.name}: str, or so"
+            raise ConfigError(f"{name} has the parameter {each.name!r} without a type", fix=fix)
         if each.kind in (each.POSITIONAL_ONLY, each.VAR_POSITIONAL, each.VAR_KEYWORD):
             raise ConfigError(
-                f"{name} has the parameter {each}", why="a model passes each argument by its name", fix="name them all"
+                f"{name} has the parameter {each}", why="a model passes each argument by its name", fix=_WRAP
             )
 
     def given(**arguments: Any) -> dict[str, Any]:

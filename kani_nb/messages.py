@@ -152,7 +152,7 @@ class ToolCall:
     @classmethod
     def from_function_call(cls, call: FunctionCall, call_id_: str | None = None) -> Self:
         """A call with an id, a new one if none is given."""
-        return cls(call_id_ or f"call_{uuid.uuid4().hex[:24]}", call)
+        return cls(call_id_ or uuid.uuid4().hex[:9], call)  # the templates of Mistral take no other length
 
     @classmethod
     def from_function(cls, name: str, /, *, call_id_: str | None = None, **arguments: Any) -> Self:

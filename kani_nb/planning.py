@@ -109,6 +109,8 @@ def plan_model(
 ) -> Plan:
     """What `model` would take under each scheme, on this machine or on `cards`. Reads its configuration alone. Blocks.
 
+    A GGUF file that llama.cpp runs has one row, that of the type it was written in.
+
     Args:
         model: an alias, `org/model`, a folder or a `.gguf` file.
         context: tokens to count the KV cache for; None leaves it to the planner.
@@ -136,6 +138,13 @@ def plan_model(
     budgets = budgets_of(cards) if cards is not None else None  # a misspelt card is told before anything is fetched
     spec = weights_of(model)
     end_if(cancelled, model)
+    gguf = None
+    if parse_spec(model).engine == "llamacpp":
+        from kani_nb.engines.llamacpp.planning import check_settings, gguf_weights
+
+        check_settings(model, quantizations, dtype, kv_bits, max_memory)
+        gguf = gguf_weights(spec, model)
+        spec = gguf.config_from
     if progress is not None:
         progress(LoadProgress("reading", "the configuration"))
     offline = ""
@@ -151,6 +160,12 @@ def plan_model(
         offline = f"from the sizes that ship with kani_nb, since the Hub could not be asked: {error.why or error.what}"
     end_if(cancelled, model)
     cpu_speeds = None
+    if gguf is not None:
+        from kani_nb.engines.llamacpp.planning import make_gguf_plan
+
+        devices = tuple(budgets_here(with_bandwidth=True) if budgets is None else budgets)
+        plan = make_gguf_plan(shape_of(config, model), gguf, model, context=context, budgets=devices)
+        return replace(plan, notes=(*plan.notes, offline)) if offline else plan
     if budgets is None:
         budgets = budgets_here(max_memory, with_bandwidth=True)
         cpu_speeds = speeds_of(budgets)

@@ -6,6 +6,8 @@ import threading
 
 import pytest
 
+from kani_nb.config import parse_config
+from kani_nb.engines.registry import create_engine
 from kani_nb.errors import ConfigError, ModelUnavailableError
 from kani_nb.planning import plan_model, read_schemes, request_from_args
 from kani_nb.quantization import Quantization
@@ -102,3 +104,37 @@ def test_planning_ends_when_it_is_asked_to():
 def test_what_has_no_weights_here_is_not_planned(model):
     with pytest.raises(ConfigError, match="holds no weights here"):
         plan_model(model)
+
+
+@pytest.mark.parametrize("context", [None, 512])
+def test_the_plan_of_a_gguf_is_its_own_type_and_its_line_loads(smollm2, monkeypatch, context):
+    pytest.importorskip("llama_cpp", reason="the llamacpp extra is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    plan = plan_model("llamacpp:smollm2", context=context)
+    (row,) = plan.rows
+    assert plan.best is row
+    assert (row.label, row.settings.scheme, row.weight_bytes) == ("q4_1", "q4_1", 98_362_432)
+    # 30 layers of three heads for keys and three for values of 64 numbers, in two bytes; reserved for a whole context.
+    assert row.kv_bytes == 30 * (3 + 3) * 64 * 2 * (context or 8192)
+    assert row.peak_bytes == sum(share.peak_bytes for share in row.shares)
+    engine = create_engine(parse_config(row.line))
+    assert type(engine).__name__ == "LlamaCppEngine"
+    assert engine.generation is not None
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"quantizations": (Quantization("int8"),)}, "--schemes was given for llamacpp:smollm2"),
+        ({"dtype": "float16"}, "--dtype was given"),
+        ({"max_memory": "cpu=1GiB"}, "--max-memory was given"),
+    ],
+)
+def test_what_llama_cpp_cannot_be_told_is_not_planned(asked, said):
+    with pytest.raises(ConfigError, match=rf"{said}(.|\n)*%engine plan smollm2"):
+        plan_model("llamacpp:smollm2", **asked)
+
+
+def test_a_gguf_of_the_hub_is_not_planned_before_it_is_here():
+    with pytest.raises(ConfigError, match=r"is not known before it is here(.|\n)*%engine plan org/model"):
+        plan_model("llamacpp:org/model:Q4_K_M")

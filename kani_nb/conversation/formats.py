@@ -87,7 +87,29 @@ def read(path: str | os.PathLike[str], format: str | None = None) -> Conversatio
     Raises:
         ConversationError: no such file, an unknown format, or a file that is no conversation.
     """
-    source = Path(path).expanduser()
+    return _read(Path(path).expanduser(), format)[0]
+
+
+def holds(path: str | os.PathLike[str], conversation: Conversation) -> bool:
+    """Whether the file at `path` was written from `conversation`, however far that has gone on since.
+
+    Our own JSON is known by its id, Markdown by its name, and any format without an id by a first message that
+    `conversation` has on one of its branches.
+
+    Raises:
+        ConversationError: as `read`.
+    """
+    found, format = _read(Path(path).expanduser(), None)
+    if format.name == "json":
+        return found.id == conversation.id
+    if format.name == "markdown" and found.name != conversation.name:
+        return False
+    begins = {each.messages[0].text.strip() for each in conversation.turns.values() if each.parent_id is None}
+    return all(each.messages[0].text.strip() in begins for each in found.turns.values() if each.parent_id is None)
+
+
+def _read(source: Path, format: str | None) -> tuple[Conversation, Format]:
+    """The conversation in a file, and the format it has."""
     chosen = _format_of(source, format) if format is not None else None
     try:
         text = source.read_bytes().decode("utf-8", "surrogatepass")
@@ -101,7 +123,8 @@ def read(path: str | os.PathLike[str], format: str | None = None) -> Conversatio
         raise _not_one(source, "it is not text") from None
     text = text.removeprefix("\ufeff")
     try:
-        return (chosen or _sniffed(text)).parse(text, source.stem)
+        chosen = chosen or _sniffed(text)
+        return chosen.parse(text, source.stem), chosen
     except json.JSONDecodeError as error:
         raise _not_one(source, f"it is not valid JSON ({error.msg}, line {error.lineno})") from error
     except KeyError as error:

@@ -16,8 +16,9 @@ from typing import Any
 from kani_nb.conversation.reply import Notice
 from kani_nb.conversation.round import Round, RoundRequest
 from kani_nb.conversation.structured import AnswerRejected, Structure, told
-from kani_nb.conversation.tools import MAX_FAILURES, Host, ToolRunner, Tools, ToolStep, not_run
-from kani_nb.engines.base import StreamEvent, TokenLogprob
+from kani_nb.conversation.tool_calls import ToolRunner, answered, not_offered, not_run, stopped
+from kani_nb.conversation.tools import MAX_FAILURES, Host, Tools, ToolStep
+from kani_nb.engines.base import FinishReason, StreamEvent, TokenLogprob
 from kani_nb.errors import SchemaError
 from kani_nb.messages import ChatMessage, ToolCall
 from kani_nb.metrics.recorder import GenerationMetrics, combined
@@ -35,6 +36,7 @@ class RunningTurn:
         host: where functions run.
         structure: the type that the answer must have; None where any text will do.
         value: the answer as an object of that type, when it is there.
+        approved: names of functions that the person always allows.
         stop_reason: `cancelled` or `interrupted` once somebody asked for the end; `error` where memory ran out.
     """
 
@@ -44,6 +46,7 @@ class RunningTurn:
     host: Host | None = None
     structure: Structure | None = None
     value: Any = None
+    approved: set[str] = field(default_factory=set)
     stop_reason: str = ""
     started_at: float = field(default_factory=time.time)
     _steps: list[ChatMessage] = field(default_factory=list)
@@ -51,13 +54,15 @@ class RunningTurn:
     _rejected: list[ChatMessage] = field(default_factory=list)
     _rounds: list[Round] = field(default_factory=list)
     _calling: asyncio.Task[ToolStep] | None = None
+    _has_ended: bool = False
 
     def stop(self, reason: str) -> bool:
         """End the turn as it is. Called from any thread; False when it has ended or was stopped already."""
-        if self.stop_reason:
+        if self.stop_reason or self._has_ended:
             return False
         current = self._rounds[-1] if self._rounds else None
-        if current is not None and current.completion is not None and not self._goes_on(current):
+        is_last = current is not None and current.completion is not None and self.structure is None
+        if current is not None and is_last and not self._goes_on(current):
             return False
         self.stop_reason = reason
         if current is not None:
@@ -89,12 +94,17 @@ class RunningTurn:
         return spoken[-1] if spoken else ChatMessage.assistant("")
 
     @property
+    def has_steps(self) -> bool:
+        """Whether anything was called: what it did is done, whatever comes after."""
+        return bool(self._steps)
+
+    @property
     def messages(self) -> tuple[ChatMessage, ...]:
-        """Everything after the user's message so far."""
+        """Everything after the user's message so far; each call has a result."""
         current = self._rounds[-1] if self._rounds else None
         if current is None or (self._steps and (not current.has_begun or current.message in self._steps)):
-            return tuple(self._steps)
-        return (*self._steps, current.message)
+            return answered(self._steps)
+        return answered((*self._steps, current.message))
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...]:
@@ -112,7 +122,9 @@ class RunningTurn:
 
         Closing or cancelling this ends the turn. Raises what `Round.events` raises.
         """
-        runner = ToolRunner(self.tools, self.host) if self.tools is not None and self.host is not None else None
+        runner = None
+        if self.tools is not None and self.host is not None:
+            runner = ToolRunner(self.tools, self.host, self.approved)
         failures = calls_made = 0
         while True:
             may_call = runner is not None and failures < MAX_FAILURES and calls_made < runner.tools.max_steps
@@ -123,8 +135,11 @@ class RunningTurn:
             if self._is_stopped():
                 return
             if runner is None or not self._goes_on(current):
+                for step in self._unoffered(current):
+                    yield step
                 rejected = self._rejection(current)
                 if rejected is None:
+                    self._has_ended = True
                     return
                 yield rejected
                 continue
@@ -154,14 +169,28 @@ class RunningTurn:
         """
         if self.structure is None:
             return None
+        completion = current.completion
         try:
             self.value = self.structure.read(current.message.text)
         except SchemaError as error:
+            if completion is not None and completion.finish_reason is FinishReason.LENGTH:
+                raise self.structure.cut_short(completion.completion_tokens) from None
             if len(self._rejected) >= 2 * self.structure.retries:
                 raise self.structure.given_up(error) from None
             self._rejected += [current.message, told(error)]
             return AnswerRejected(f"{error.what}: {error.why}")
         return None
+
+    def _unoffered(self, current: Round) -> list[ToolStep]:
+        """Calls of a message that was offered no function: each gets an answer, as every model's history must have."""
+        calls = current.message.tool_calls or ()
+        if not calls:
+            return []
+        ended = [not_offered(call) for call in calls]
+        self._steps += [current.message, *(step.result for step in ended)]
+        names = ", ".join(dict.fromkeys(call.function.name for call in calls))
+        self._notices.append(Notice(f"the model called {names}, and was offered no function to call"))
+        return ended
 
     @staticmethod
     def _goes_on(current: Round) -> bool:
@@ -169,12 +198,14 @@ class RunningTurn:
         return bool(current.request.functions and current.message.tool_calls)
 
     def _next_round(self, *, may_call: bool) -> Round:
+        # What did not fit is asked for again without tools, so that the model can be held to the schema.
+        may_call = may_call and not self._rejected
         functions = self.tools.enabled if self.tools is not None and may_call else ()
         request = replace(self.request, pending=(*self.request.pending, *self._steps), functions=functions)
         if self.structure is not None:
             pending = [*self.structure.asked_for(request.pending), *self._rejected]
             # A model that is held to a schema can call nothing.
-            is_held = self.request.engine.holds_to_schemas and not functions
+            is_held = self.request.engine.holds_to_schemas and not functions and self.structure.can_be_held_to
             more = {"json_schema": self.structure.schema_text} if is_held else {}
             request = replace(request, pending=pending, params={**self.request.params, **more})
         current = Round(request, self.loop)
@@ -188,15 +219,19 @@ class RunningTurn:
         for call in calls:
             step = not_run(call)
             if not self.stop_reason:
+                began = time.perf_counter()
                 self._calling = asyncio.create_task(runner.run(call), name="kani-nb-tool")
                 try:
                     await asyncio.wait({self._calling})
                 except asyncio.CancelledError:
                     self._calling.cancel()
-                    self._steps += [not_run(each).result for each in calls[calls.index(call) :]]
+                    if runner.is_running:
+                        self._steps.append(stopped(call, time.perf_counter() - began).result)
                     raise
                 if not self._calling.cancelled():
                     step = self._calling.result()
+                elif runner.is_running:
+                    step = stopped(call, time.perf_counter() - began)
                 self._calling = None
             self._steps.append(step.result)
             yield step

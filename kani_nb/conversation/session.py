@@ -24,7 +24,7 @@ from kani_nb.conversation.structured import Structure, structure_of
 from kani_nb.conversation.tools import Host, Tools, WorkerHost, tools_of
 from kani_nb.conversation.tree import CellRef, Conversation, Turn, new_id, replacement_notices
 from kani_nb.engines.base import BaseEngine
-from kani_nb.errors import OutOfMemoryError, StoreError
+from kani_nb.errors import KaniNbError, OutOfMemoryError, StoreError
 from kani_nb.messages import ChatMessage
 from kani_nb.metrics.recorder import GenerationMetrics, Recorder
 
@@ -58,6 +58,7 @@ class ChatSession(KeptConversation):
     Attributes:
         tools: what the model may call in every round; None where it may call nothing. Not kept in the store.
         host: where functions run, and where the person is asked.
+        reply: the latest one; None before the first.
     """
 
     def __init__(
@@ -75,9 +76,11 @@ class ChatSession(KeptConversation):
         self._engine = engine
         self._recorder = recorder
         self._engine_name = engine_name
+        self._approved: set[str] = set()
         self._asked_with: dict[str, tuple[Tools | None, Structure | None]] = {}  # by turn: to ask it so again
         self.tools: Tools | None = None
         self.host: Host = WorkerHost()
+        self.reply: ChatReply | None = None
 
     @property
     def answering_engine(self) -> BaseEngine | None:
@@ -230,6 +233,7 @@ class ChatSession(KeptConversation):
                 self._conversation,
                 lambda: replace(draft, messages=(planned.prompt, *running.messages)),
             )
+            self._asked_with[draft.id] = (planned.tools, planned.structure)
             is_generating = True
             try:
                 async with aclosing(running.events()) as events:
@@ -239,16 +243,18 @@ class ChatSession(KeptConversation):
                             journal.begin()
                 is_generating = False
                 reply = await _to_the_end(self._settle(running, draft, journal))
-                self._asked_with[draft.id] = (planned.tools, planned.structure)
+                self.reply = reply
             except (asyncio.CancelledError, GeneratorExit):  # the one who asked has left: what has come is kept
                 if is_generating:
                     await _to_the_end(self._settle(running, draft, journal))
                 raise
-            except OutOfMemoryError as error:
-                if not (is_generating and running.has_begun):
+            except KaniNbError as error:
+                # What memory cut short is kept, and what was called: its effects are there.
+                is_kept = running.has_steps or (isinstance(error, OutOfMemoryError) and running.has_begun)
+                if not (is_generating and is_kept):
                     await _to_the_end(journal.discard())
                     raise
-                running.stop_reason = "error"  # what has come is kept here too, and the error carries it
+                running.stop_reason = "error"
                 error.reply = await _to_the_end(self._settle(running, draft, journal))
                 raise
             except BaseException:
@@ -260,8 +266,10 @@ class ChatSession(KeptConversation):
         """The round, known to `stop` from here on."""
         before = self._conversation.path(planned.parent_id) if planned.parent_id is not None else ()
         request = RoundRequest(self._engine(), self._conversation.system, before, (planned.prompt,), params)
-        tools = planned.tools or self.tools
-        running = RunningTurn(request, asyncio.get_running_loop(), tools, self.host, planned.structure)
+        tools = self.tools if planned.tools is None else planned.tools
+        tools = tools.as_they_are_now() if tools is not None else None
+        loop = asyncio.get_running_loop()
+        running = RunningTurn(request, loop, tools, self.host, planned.structure, approved=self._approved)
         with self._lock:
             self._round = running
             if self._early_stop:

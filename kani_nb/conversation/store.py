@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kani_nb.conversation.database import connect, default_store_path, transaction, translated_errors
+from kani_nb.conversation.tool_calls import answered
 from kani_nb.conversation.tree import Conversation, Turn
 from kani_nb.errors import ConversationError, StoreError
 
@@ -220,7 +221,8 @@ class ConversationStore:
                 if not _is_abandoned(*owner):
                     continue
                 turn = replace(_decode_turn(record), interrupted=True)
-                if turn.answer is not None and turn.answer.content:
+                if turn.answer is not None and (turn.answer.content or turn.answer.tool_calls):
+                    turn = replace(turn, messages=answered(turn.messages))
                     _insert_turn(connection, conversation_id, turn)
                     connection.execute(
                         "UPDATE conversations SET head = ?, updated_at = max(updated_at, ?) WHERE id = ? AND head IS ?",

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kani_nb.engines.json_constraint import why_not_held
 from kani_nb.errors import ConfigError, SchemaError
 from kani_nb.messages import ChatMessage
 
@@ -41,14 +42,17 @@ class Structure:
     def __init__(self, of: Any, retries: int = RETRIES) -> None:
         from pydantic import PydanticUserError, TypeAdapter
         from pydantic.errors import PydanticInvalidForJsonSchema
+        from pydantic_core import SchemaError as CoreSchemaError
 
+        if isinstance(of, str):
+            raise ConfigError(f"{of!r} cannot be an answer's type", why="it is a name", fix="pass the type itself")
         self.name = getattr(of, "__name__", None) or str(of)
         self.retries = retries
         why = "it is a function" if inspect.isroutine(of) else ""
         try:
             self._adapter: TypeAdapter[Any] = TypeAdapter(of)
-            self.schema: dict[str, Any] = self._adapter.json_schema()
-        except (PydanticUserError, PydanticInvalidForJsonSchema, TypeError, NameError) as error:
+            self.schema: dict[str, Any] = _closed(self._adapter.json_schema())
+        except (PydanticUserError, PydanticInvalidForJsonSchema, CoreSchemaError, TypeError, NameError) as error:
             why = why or str(error).splitlines()[0][:200]
         if why:
             raise ConfigError(
@@ -56,6 +60,11 @@ class Structure:
                 why=why,
                 fix="class Answer(pydantic.BaseModel): ..., then --schema Answer",
             )
+
+    @property
+    def can_be_held_to(self) -> bool:
+        """Whether an answer can be held to the schema while it is written; else it is only checked."""
+        return why_not_held(self.schema_text) == ""
 
     @property
     def schema_text(self) -> str:
@@ -83,6 +92,15 @@ class Structure:
             wrong = "; ".join(_complaint(each) for each in error.errors(include_url=False)[:5])
             raise SchemaError(f"the answer does not fit {self.name}", why=wrong) from None
 
+    def cut_short(self, tokens: int | None) -> SchemaError:
+        """What is said of an answer that the token limit ended."""
+        where = f" at {tokens:,} tokens" if tokens else ""
+        return SchemaError(
+            f"the answer was cut{where}, before it was a whole {self.name}",
+            why="that is the limit, and the model would say the same again",
+            fix="a larger --max-new-tokens; nothing was added to the conversation",
+        )
+
     def given_up(self, last: SchemaError) -> SchemaError:
         """What is said when no try fitted."""
         tries = self.retries + 1
@@ -91,6 +109,18 @@ class Structure:
             why=f"the last one: {last.why}",
             fix="a simpler type, a larger --max-new-tokens, or a larger model; nothing was added to the conversation",
         )
+
+
+def _closed(schema: Any) -> Any:
+    """The schema, its objects without further properties unless it says otherwise: models add some of their own."""
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _closed(value) for name, value in schema.items()}
+    if isinstance(closed.get("properties"), dict) and closed.get("type") == "object":
+        closed.setdefault("additionalProperties", False)
+    return closed
 
 
 def structure_of(given: Any) -> Structure | None:
@@ -109,9 +139,11 @@ def _json_of(text: str) -> str:
     fenced = re.search(r"```(?:json)?\s*\n(.*?)```", stripped, re.DOTALL)
     if fenced is not None:
         return fenced[1].strip()
-    if stripped[:1] in ("{", "[") or "{" not in stripped:
+    begins = [at for at in (stripped.find("{"), stripped.find("[")) if at >= 0]
+    if stripped[:1] in ("{", "[") or not begins:
         return stripped
-    return stripped[stripped.find("{") : stripped.rfind("}") + 1]
+    first = min(begins)
+    return stripped[first : stripped.rfind("}" if stripped[first] == "{" else "]") + 1]
 
 
 def _complaint(error: Any) -> str:

@@ -6,8 +6,11 @@ follow an instruction all the same. Nothing here changes the conversation: it is
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from kani_nb.messages import ChatMessage, ChatRole
@@ -30,7 +33,7 @@ def with_described_tools(
         tools: as `kani_nb.functions.tool_schemas` gives them; none where only earlier calls are to be put in words.
         takes_system: the template has a system message; else what it would say stands before the first message.
     """
-    described = [_in_words(message) for message in messages]
+    described = _merged([_in_words(message) for message in messages])
     if not tools:
         return described
     lines = [json.dumps(each.get("function", each), ensure_ascii=False) for each in tools]
@@ -45,6 +48,49 @@ def with_described_tools(
         return described
     system, user = described[:2]
     return [user.copy_with(content=(f"{system.text}\n\n", *user.parts)), *described[2:]]
+
+
+def _merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """`messages`, the user's that follow each other as one: many templates want user and assistant in turns."""
+    merged: list[ChatMessage] = []
+    for message in messages:
+        if merged and merged[-1].role is message.role is ChatRole.USER:
+            merged[-1] = merged[-1].copy_with(content=(*merged[-1].parts, "\n\n", *message.parts))
+        else:
+            merged.append(message)
+    return merged
+
+
+def one_call_each(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """`messages` with each call in a message of its own before its result, for templates that take only one."""
+    split: list[ChatMessage] = []
+    at = 0
+    while at < len(messages):
+        message = messages[at]
+        at += 1
+        calls = message.tool_calls or ()
+        if len(calls) < 2:
+            split.append(message)
+            continue
+        results = list(takewhile(lambda each: each.role is ChatRole.FUNCTION, messages[at:]))
+        at += len(results)
+        for number, call in enumerate(calls):
+            split.append(message.copy_with(content=message.content if number == 0 else "", tool_calls=(call,)))
+            split += [each for each in results if each.tool_call_id == call.id]
+    return split
+
+
+def with_short_ids(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """`messages` with the ids of calls in nine letters and digits, which is what Mistral's templates take."""
+
+    def short(call_id: str | None) -> str | None:
+        return None if call_id is None else hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:9]
+
+    renamed = []
+    for message in messages:
+        calls = message.tool_calls and tuple(replace(call, id=str(short(call.id))) for call in message.tool_calls)
+        renamed.append(message.copy_with(tool_calls=calls, tool_call_id=short(message.tool_call_id)))
+    return renamed
 
 
 def _in_words(message: ChatMessage) -> ChatMessage:

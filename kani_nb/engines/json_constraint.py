@@ -17,6 +17,25 @@ def can_constrain() -> bool:
     return importlib.util.find_spec("llguidance") is not None
 
 
+def why_not_held(schema: str) -> str:
+    """Why no answer can be held to this JSON schema; empty where one can."""
+    if not can_constrain():
+        return "llguidance is not installed"
+    import llguidance
+
+    try:
+        problem: str = llguidance.LLMatcher.validate_grammar(_grammar(schema))
+    except ValueError as error:
+        problem = str(error)
+    return problem.splitlines()[0][:200] if problem else ""
+
+
+def _grammar(schema: str) -> Any:
+    import llguidance
+
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+
+
 class JsonConstraint:
     """The tokens that may come next.
 
@@ -35,8 +54,7 @@ class JsonConstraint:
 
         self._eos_ids = list(eos_ids)
         self._size = int(tokens.vocab_size)
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
-        self._matcher = llguidance.LLMatcher(tokens, grammar)
+        self._matcher = llguidance.LLMatcher(tokens, _grammar(schema))
         if problem := self._matcher.get_error():
             raise ConfigError("answers cannot be held to this schema", why=problem.splitlines()[0][:200])
         self._bits = llguidance.numpy.allocate_token_bitmask(1, self._size)
@@ -54,6 +72,11 @@ class JsonConstraint:
         known = [token for token in self._eos_ids if token < self._size]
         allowed[known] = self._matcher.is_stopped() or self._matcher.is_accepting()
         return allowed
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing but the end may follow."""
+        return bool(self._matcher.is_stopped())
 
     def accept(self, token: int) -> None:
         """Go on with `token`, which was chosen."""

@@ -32,6 +32,10 @@ _OURS = {
     "echo": "kani_nb.engines.echo:EchoEngine",
 }
 _ADDRESSES = {"http": "openai", "https": "openai", "openai": "openai", "vllm": "openai"}
+#: Where programs listen that people name like an engine, and that OpenAIEngine speaks to.
+_OTHERS_SERVERS = {"ollama": "http://127.0.0.1:11434/v1", "lmstudio": "http://127.0.0.1:1234/v1"}
+#: What may be an address without its scheme; a cheap look before the module that reads addresses is imported.
+_BARE_HOST = re.compile(r"(?i)(?:localhost|\[?[\w.:-]+\]?:\d{2,5}|\d+\.\d+\.\d+\.\d+)(?=$|[:/#?])")
 
 
 class EngineSpec(NamedTuple):
@@ -58,7 +62,7 @@ def parse_spec(model: str) -> EngineSpec:
     `http(s)://`, `openai:` and `vllm:` to `openai`; `NAME` or `NAME:...` to the engine registered as NAME.
 
     Raises:
-        ConfigError: `NAME:` is no registered engine; offers the near misses.
+        ConfigError: `NAME:` is no registered engine, or an address lacks its `http://`; offers what was meant.
     """
     text = model.strip()
     prefix, colon, rest = text.partition(":")
@@ -67,11 +71,23 @@ def parse_spec(model: str) -> EngineSpec:
         return EngineSpec("hf", text)
     if colon and name in _ADDRESSES:
         return EngineSpec(_ADDRESSES[name], text)
+    if _BARE_HOST.match(text) and (colon or "/" in text) and name not in engine_names() and not Path(text).exists():
+        from kani_nb.engines.openai.address import with_scheme
+
+        if (meant := with_scheme(text)) is not None:
+            raise ConfigError(
+                f"{text!r} looks like a server's address",
+                why="http:// is missing before it",
+                fix=f"did you mean {meant}?",
+            )
     if colon and re.fullmatch(r"[A-Za-z][\w.-]+", prefix) and not Path(text).exists():
         known = engine_names()
         registered = next((each for each in (prefix, name) if each in known), None)
         if registered is None:
             hint = did_you_mean(prefix, [*known, *_ADDRESSES]) or f"registered are {', '.join(known)}"
+            if (base := _OTHERS_SERVERS.get(name)) is not None:
+                there = rest if rest.lower().startswith(("http://", "https://")) else f"{base}#{rest}".rstrip("#")
+                hint = f"it is used by its server's address: {there}"
             raise ConfigError(f"there is no engine {prefix!r} for {text!r}", fix=hint)
         return EngineSpec(registered, rest)
     if text.lower().endswith(".gguf"):

@@ -102,7 +102,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
             return _read(_Cursor(file, size))
     except _DamagedError as error:
         raise ModelFilesError(
-            f"{path.name} is not a whole GGUF file", why=f"{error} ({human_bytes(size)})", fix="download it again"
+            f"{path.name} is not a whole GGUF file",
+            why=f"{error}, and the file has {human_bytes(size)}",
+            fix="download it again",
         ) from None
     except (RecursionError, UnicodeError, OverflowError) as error:
         raise ModelFilesError(f"{path.name} is a damaged GGUF file", why=str(error), fix="download it again") from error

@@ -47,15 +47,17 @@ def run_answer(
         KaniNbError: the round failed, and nothing was committed.
     """
     with InterruptGuard() as guard:
+        call: Call[ChatReply] | None = None
         view = make_view()
         host = MainThreadHost(guard, can_ask=can_ask)
 
         def pump() -> None:
+            if call is not None and call.was_interrupted:
+                host.begin_no_more()
             host.pump()
             if view is not None:
                 view.pump()
 
-        call = None
         reply: ChatReply | None = None
         failure: BaseException | None = None
         host_before, session.host = session.host, host
@@ -69,6 +71,7 @@ def run_answer(
             session.host = host_before
             if view is not None:
                 view.finish(reply, failure)
+        assert call is not None
         if call.was_interrupted or guard.take():
             raise Interrupted(_kept(session, reply))
     return reply

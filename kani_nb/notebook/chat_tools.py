@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kani_nb._runtime import runtime
@@ -25,7 +26,7 @@ def add_tool_options(parser: argparse.ArgumentParser) -> None:
     """Declare `--approve` and `--max-steps`."""
     parser.add_argument(
         "--approve",
-        choices=list(Approval),
+        choices=[each.value for each in Approval],
         metavar="WHEN",
         help="may functions run that are not marked read-only: always, ask (the default) or never",
     )
@@ -39,6 +40,10 @@ def tools_named(names: str, namespace: Mapping[str, Any], approve: str | None, m
         ConfigError: a name that is not there, with the near misses, or what is no function.
     """
     found: list[AIFunction] = []
+
+    def look_up() -> Tools:
+        return tools_named(names, namespace, approve, max_steps)
+
     for name in filter(None, (each.strip() for each in names.split(","))):
         value = _look_up(name, namespace)
         for each in value if isinstance(value, list | tuple) else (value,):
@@ -48,7 +53,7 @@ def tools_named(names: str, namespace: Mapping[str, Any], approve: str | None, m
                 raise ConfigError(f"--tools {name}: {error.what}", why=error.why, fix=error.fix) from None
     if not found:
         raise ConfigError("--tools names no function", fix=_EXAMPLE)
-    options = {"approve": approve, "max_steps": max_steps}
+    options = {"approve": approve, "max_steps": max_steps, "look_up": look_up}
     return Tools(tuple(found), **{name: value for name, value in options.items() if value is not None})  # type: ignore[arg-type]
 
 
@@ -64,13 +69,18 @@ def type_named(name: str, namespace: Mapping[str, Any]) -> Structure:
     try:
         return Structure(eval(name, dict(namespace)))  # noqa: S307 - the person's own code, as in any cell
     except (SyntaxError, NameError, AttributeError, TypeError, KeyError) as error:
-        raise ConfigError(f"--schema {name!r} is no type", why=str(error), fix=example) from None
+        fix = f"quote all of it: --schema {name!r}" if "Literal" in name else example
+        raise ConfigError(f"--schema {name!r} is no type", why=str(error), fix=fix) from None
 
 
 def _look_up(name: str, namespace: Mapping[str, Any], kind: str = "function", example: str = _EXAMPLE) -> Any:
     first, *rest = name.split(".")
+    if first not in namespace and kind == "function" and callable(getattr(builtins, first, None)):
+        fix = "wrap it in a function of your own, and name that"
+        raise ConfigError(f"{name} is Python's own", why="it has no type hints", fix=fix)
     if first not in namespace:
-        callables = [key for key, value in namespace.items() if callable(value) and not key.startswith("_")]
+        fits = callable if kind == "function" else _is_type
+        callables = [key for key, value in namespace.items() if fits(value) and not key.startswith("_")]
         raise ConfigError(f"there is no {kind} {name!r}", fix=did_you_mean(first, callables) or example)
     value = namespace[first]
     for attribute in rest:
@@ -79,6 +89,10 @@ def _look_up(name: str, namespace: Mapping[str, Any], kind: str = "function", ex
         except AttributeError:
             raise ConfigError(f"there is no {kind} {name!r}", why=f"{first} has no {attribute!r}") from None
     return value
+
+
+def _is_type(value: Any) -> bool:
+    return isinstance(value, type)
 
 
 def tools_verb(shell: Any) -> Verb:
@@ -94,7 +108,7 @@ def tools_verb(shell: Any) -> Verb:
             chat.tools = tools_named(",".join(args.names), shell.user_ns, args.approve, args.max_steps)
         elif chat.tools is not None and (args.approve is not None or args.max_steps is not None):
             approve, steps = args.approve or chat.tools.approve, args.max_steps or chat.tools.max_steps
-            chat.tools = Tools(chat.tools.functions, Approval(approve), steps)
+            chat.tools = replace(chat.tools, approve=Approval(approve), max_steps=steps, look_up=None)
         _show(chat.tools, chat.conversation.name)
 
     usage = "tools [F,G ...] [--approve WHEN] [--max-steps N] [--clear]"
@@ -118,6 +132,7 @@ def _show(tools: Tools | None, conversation: str) -> None:
         for each in tools.functions
     ]
     print_text(text_table(("function", "what it does", "approval"), rows))
+    print_text(f"at most {tools.max_steps} rounds of calls; %chat tools --approve always, --max-steps N, --clear")
 
 
 def _runs(function: AIFunction, tools: Tools) -> bool:

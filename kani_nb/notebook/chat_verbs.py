@@ -23,7 +23,7 @@ from kani_nb.options import GENERATION_OPTIONS, LineParser
 
 if TYPE_CHECKING:
     from kani_nb.conversation.session import ChatReply, ChatSession, Prompt
-    from kani_nb.conversation.tree import Turn
+    from kani_nb.conversation.tree import Conversation, Turn
 
 Answer = Callable[..., "ChatReply"]
 
@@ -269,9 +269,10 @@ class _Keeps:
         parser.add_argument("--overwrite", action="store_true")
         args = parser.parse_line(required(rest, "%chat save FILE [--format F] [--overwrite]"))
         path = Path(args.file).expanduser()
+        conversation = runtime().chat.conversation
         if not args.overwrite:
-            _refuse_foreign(path)
-        print_text(f"Saved to {write(runtime().chat.conversation, path, args.format)}.")
+            _refuse_foreign(path, conversation)
+        print_text(f"Saved to {write(conversation, path, args.format)}.")
 
     def load(self, rest: str) -> None:
         from kani_nb.conversation.formats import read
@@ -359,13 +360,13 @@ def _file_parser(prog: str) -> LineParser:
     return parser
 
 
-def _refuse_foreign(path: Path) -> None:
-    """Refuse to write over what is no conversation, and over notebooks: they are what is being worked in.
+def _refuse_foreign(path: Path, conversation: Conversation) -> None:
+    """Refuse to write over anything but an earlier export of `conversation`; notebooks are what is being worked in.
 
     Raises:
         ConversationError: it would.
     """
-    from kani_nb.conversation.formats import read
+    from kani_nb.conversation.formats import holds
 
     fix = "choose another name, or add --overwrite"
     if path.suffix.lower() == ".ipynb":
@@ -373,9 +374,13 @@ def _refuse_foreign(path: Path) -> None:
     if not path.is_file() or not path.stat().st_size:
         return
     try:
-        read(path)
+        is_its_own = holds(path, conversation)
     except ConversationError:
         raise ConversationError(f"{path} is there already", why="it is no conversation", fix=fix) from None
+    if not is_its_own:
+        raise ConversationError(
+            f"{path} is there already", why=f"it holds another conversation than {conversation.name!r}", fix=fix
+        )
 
 
 _OPTION = re.compile(r"""--[^\s=]*(=?)(?:[^\s"']|"[^"]*"|'[^']*')*""")

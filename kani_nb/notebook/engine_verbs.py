@@ -47,7 +47,7 @@ class EngineVerbs:
             "%engine",
             [
                 Verb("list", "the engines that are loaded", self._list),
-                Verb("info", "what the current engine is and holds", self._info),
+                Verb("info [NAME]", "what the current engine, or that one, is and holds", self._info),
                 Verb("kinds", "the engines that there are, what each runs and can do", self._kinds),
                 Verb("use NAME", "let another loaded engine answer", self._use),
                 Verb("stats", "what this conversation's answers took", self._stats),
@@ -100,12 +100,13 @@ class EngineVerbs:
             print_text(f"    {kind.example}{f'   ({kind.install})' if kind.install else ''}")
             print_text(f"    can: {', '.join(kind.can) or 'text'}; tested on: {kind.tested}")
 
-    def _info(self, _rest: str) -> None:
+    def _info(self, rest: str) -> None:
         rt = runtime()
-        engine = rt.need_engine()
-        config = rt.config_of(rt.engine_name)
+        name = unquoted(rest) or rt.engine_name
+        engine = rt.need_engine(unquoted(rest) or None)
+        config = rt.config_of(name)
         lines = {
-            "name": rt.engine_name,
+            "name": name,
             "loaded with": "" if config is None else config.to_line(),
             "engine": repr(engine),
             "context": f"{engine.max_context_size:,} tokens" if engine.is_loaded and engine.max_context_size else "",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kani_nb._secrets import without_secrets
 from kani_nb.engines.base import LoadProgress
 from kani_nb.notebook.render import showable
 from kani_nb.notebook.stat_line import seconds
@@ -26,7 +27,7 @@ class LoadView:
     """The progress of one load. `progress` is for any thread; all else for the main thread.
 
     Args:
-        model: what is being loaded, as the user wrote it.
+        model: what is being loaded, as the user wrote it; what is secret in an address is not shown.
         display: as `IPython.display.display`; by default the running shell decides.
         clock: seconds that only grow.
     """
@@ -39,7 +40,7 @@ class LoadView:
         clock: Callable[[], float] = time.monotonic,
         kind: SurfaceKind | None = None,
     ) -> None:
-        self._model = model
+        self._model = without_secrets(model)
         self._clock = clock
         self._surface = Surface(kind, display)
         self._lock = threading.Lock()

@@ -73,9 +73,14 @@ def chat_parser() -> LineParser:
     parser.add_argument("--into", metavar="VARIABLE", help="assign the reply to a variable")
     parser.add_argument("--tools", metavar="F,G", help="functions of this notebook that the model may call")
     add_tool_options(parser)
-    parser.add_argument("--schema", metavar="TYPE", help="the answer is an object of this type; --into gets it")
+    parser.add_argument("--schema", metavar="TYPE", help="the answer is an object of this type, which --into gets")
     parser.add_argument(
-        "--logprobs", type=int, nargs="?", const=5, metavar="N", help="each token's probability and N others, in reply"
+        "--logprobs",
+        type=int,
+        nargs="?",
+        const=5,
+        metavar="N",
+        help="each token's probability and N others, in the reply (also runtime().chat.reply)",
     )
     parser.add_argument("--quiet", action="store_true", help="show nothing")
     parser.add_argument("--help", "-h", action="store_true", help="show this")
@@ -160,7 +165,9 @@ class ChatMagics(Magics):
                 prompt,
                 is_quiet=args.quiet,
             )
-        if args.into:
+        if args.into and schema is not None and reply.value is None:
+            print_text(f"{args.into} is not set: the answer was stopped before it was whole")
+        elif args.into:
             self.shell.user_ns[args.into] = reply if schema is None else reply.value
 
     def answer(
@@ -197,7 +204,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"{' '.join(args.words)[:60]!r} stands on the line of %%chat",
             why="that line is for options",
-            fix="write the prompt on the lines below it",
+            fix=f"--tools {args.tools},{args.words[0]}" if args.tools else "write the prompt on the lines below it",
         )
     if args.into is not None and (not args.into.isidentifier() or keyword.iskeyword(args.into)):
         raise ConfigError(f"--into {args.into!r} is not a variable's name", fix="%%chat --into reply")

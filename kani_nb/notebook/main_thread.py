@@ -34,6 +34,7 @@ class MainThreadHost:
         self._guard = guard
         self._can_ask = can_ask
         self._jobs: deque[_Job] = deque()
+        self._is_interrupted = False
 
     async def run(self, call: Callable[[], Any]) -> Any:
         """See `Host.run`. Cancelling interrupts the function if it runs, and returns at once."""
@@ -56,9 +57,14 @@ class MainThreadHost:
         return answer
 
     def pump(self) -> None:
-        """Run what has been handed over. On the thread that waits."""
-        while self._jobs:
+        """Run what has been handed over, unless the person has interrupted. On the thread that waits."""
+        while self._jobs and not self._is_interrupted:
             self._jobs.popleft().run(self._guard)
+            self._is_interrupted = self._is_interrupted or self._guard.is_pending
+
+    def begin_no_more(self) -> None:
+        """An interrupt has come: what has not begun never will."""
+        self._is_interrupted = True
 
 
 class _Job:

@@ -7,6 +7,7 @@ environment, where huggingface_hub looks for it (after Colab's Secrets, which it
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 
 from kani_nb._secrets import holds_secret, without_secrets
@@ -19,17 +20,29 @@ _ADVICE = (
     "at the hidden prompt; then remove it from this cell, and revoke it if the notebook was shared"
 )
 
+#: The same where a server is named: Hugging Face's token would not help there.
+_SERVER_ADVICE = (
+    "set KANI_NB_API_KEY in the environment before the kernel starts (OPENAI_API_KEY for OpenAI itself), and name the "
+    "bare address; a server that wants a name and a password, or a key in its address, is given whole in "
+    "OPENAI_BASE_URL and loaded with openai:MODEL; then remove it from this cell, and revoke it if the notebook was "
+    "shared"
+)
+_SERVER = re.compile(r"(?i)\bhttps?://|(?:^|\s)(?:openai|vllm):|:[^\s@/]+@")
+
 
 def refuse_secrets(line: str) -> None:
     """Raise if a magic's line holds a token, before anything can repeat it.
 
     Raises:
-        ConfigError: the line holds a token, or an option that would; the message does not repeat it.
+        ConfigError: the line holds a token, an option that would, or an address with a password or a key; the message
+            does not repeat it.
     """
-    if holds_secret(line):
-        raise ConfigError(
-            "a token does not belong into a cell", why="it would be saved with the notebook", fix=_ADVICE
-        ) from None
+    if not holds_secret(line):
+        return
+    saved = "it would be saved with the notebook"
+    if _SERVER.search(line):
+        raise ConfigError("a password or a key does not belong into a cell", why=saved, fix=_SERVER_ADVICE) from None
+    raise ConfigError("a token does not belong into a cell", why=saved, fix=_ADVICE) from None
 
 
 def ask_token(ask: Callable[[str], str], variable: str = "HF_TOKEN") -> None:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from kani_nb.messages import ChatMessage, ChatRole, MediaPart, MessagePart, TextPart
 from kani_nb.notebook import math
@@ -134,9 +135,11 @@ class TurnText:
 
 def step_texts(messages: Sequence[ChatMessage]) -> tuple[StepText, ...]:
     """The calls of a turn with their results, in the order of the calls."""
-    results = {each.tool_call_id: each for each in messages if each.role is ChatRole.FUNCTION}
     steps = []
-    for message in messages:
+    for at, message in enumerate(messages):
+        # Some servers begin their ids anew in each message: a result belongs to the calls before it.
+        after = takewhile(lambda each: each.role is ChatRole.FUNCTION, messages[at + 1 :])
+        results = {each.tool_call_id: each for each in after}
         for number, call in enumerate(message.tool_calls or ()):
             result = results.get(call.id)
             steps.append(

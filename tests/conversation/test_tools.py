@@ -7,56 +7,10 @@ import time
 import pytest
 
 from kani_nb.conversation.tools import CannotAskError, Tools, ToolStep
-from kani_nb.engines.base import BaseEngine, Completion, FinishReason, TextDelta, ToolCallDelta
 from kani_nb.errors import ConfigError, GenerationError
 from kani_nb.functions import ai_function
-from kani_nb.messages import ChatMessage, ChatRole, FunctionCall, ToolCall
-
-
-class Calling(BaseEngine):
-    """Says what each round of the script says: text, or calls as `(name, arguments as JSON)`."""
-
-    max_context_size = 10_000
-
-    def __init__(self, *rounds):
-        self.rounds = list(rounds)
-        self.seen = []
-
-    def prompt_len(self, messages, functions=None, **kwargs):
-        return sum(len(message.text) for message in messages)
-
-    async def stream(self, messages, functions=None, **hyperparams):
-        self.seen.append((messages, [each.name for each in functions or ()]))
-        said = self.rounds[min(len(self.seen), len(self.rounds)) - 1]
-        if isinstance(said, BaseException):
-            raise said
-        calls = None
-        if isinstance(said, str):
-            yield TextDelta(said)
-        else:
-            calls = tuple(
-                ToolCall(f"call-{len(self.seen)}-{number}", FunctionCall(name, arguments))
-                for number, (name, arguments) in enumerate(said)
-            )
-            for number, call in enumerate(calls):
-                yield ToolCallDelta(number, call.function.name, call.function.arguments)
-        reason = FinishReason.TOOL_CALLS if calls else FinishReason.STOP
-        message = ChatMessage.assistant(said if isinstance(said, str) else "", tool_calls=calls)
-        yield Completion(message, 10, 5, finish_reason=reason)
-
-
-@ai_function(read_only=True)
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
-
-
-TWO_AND_THREE = [("add", '{"a": 2, "b": 3}')]
-
-
-def told(session):
-    """Roles and texts of the last turn."""
-    return [(each.role, each.text) for each in session.turns[-1].messages]
+from kani_nb.messages import ChatRole
+from tests.conversation.calling import DELETE, TWO_AND_THREE, Answering, Calling, add, deletes, told
 
 
 async def test_a_call_is_run_its_result_told_and_all_of_it_is_one_turn(open_session, store):
@@ -219,7 +173,10 @@ async def test_a_model_that_calls_for_ever_must_answer_in_the_end(open_session):
     stubborn = open_session(Calling(TWO_AND_THREE))
     reply = await stubborn.ask("2 + 3?", tools=Tools((add,), max_steps=2))
     assert reply.message.tool_calls
-    assert len(stubborn.turns[-1].messages) == 1 + 2 * 2 + 1
+    # What it called without being offered anything has an answer too: no model takes a history without.
+    assert [role for role, _ in told(stubborn)][-2:] == [ChatRole.ASSISTANT, ChatRole.FUNCTION]
+    assert told(stubborn)[-1][1] == "add was not run: no function could be called here"
+    assert any("the model called add, and was offered no function" in each for each in reply.notices)
 
 
 async def test_calls_that_keep_failing_end_too(open_session):
@@ -251,32 +208,6 @@ async def test_a_function_after_which_the_user_speaks_ends_the_round(open_sessio
     await session.ask("go", tools=[show])
     assert told(session)[-1] == (ChatRole.FUNCTION, "shown")
     assert len(engine.seen) == 1
-
-
-class Answering:
-    """A host that answers as it was told, and keeps the questions."""
-
-    def __init__(self, *answers):
-        self.answers = list(answers)
-        self.asked = []
-
-    async def run(self, call):
-        return call()
-
-    async def ask(self, question):
-        self.asked.append(question)
-        answer = self.answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-def deletes(path: str) -> str:
-    """Delete a file."""
-    return f"deleted {path}"
-
-
-DELETE = [("deletes", '{"path": "a.txt"}')]
 
 
 async def test_what_is_not_marked_read_only_is_asked_for_and_only_then_run(open_session):
@@ -333,7 +264,8 @@ async def test_a_stop_during_a_call_keeps_the_steps_and_ends_the_round_at_once(o
     assert reply.metrics.finish_reason == "cancelled"
     assert reply.turn.interrupted
     results = [text for role, text in told(session) if role is ChatRole.FUNCTION]
-    assert results == ["slow was not run: the user stopped it", "add was not run: the user stopped it"]
+    begun = "slow was stopped by the user while it ran, and may have taken effect"
+    assert results == [begun, "add was not run: the user stopped it"]
     assert not session.is_busy
 
 
@@ -360,11 +292,12 @@ async def test_leaving_during_a_call_keeps_what_has_come(open_session):
     assert [role for role, _ in told(session)] == [ChatRole.USER, ChatRole.ASSISTANT, ChatRole.FUNCTION]
 
 
-async def test_an_engine_that_fails_after_a_call_keeps_nothing(open_session):
+async def test_what_was_called_is_kept_where_the_engine_fails_afterwards(open_session):
     session = open_session(Calling(TWO_AND_THREE, RuntimeError("broken")))
-    with pytest.raises(GenerationError, match="broken"):
+    with pytest.raises(GenerationError, match="broken") as caught:
         await session.ask("2 + 3?", tools=[add])
-    assert session.turns == ()
+    assert caught.value.reply.turn.interrupted
+    assert [role for role, _ in told(session)] == [ChatRole.USER, ChatRole.ASSISTANT, ChatRole.FUNCTION]
 
 
 async def test_the_conversations_own_tools_are_offered_in_every_round(open_session):

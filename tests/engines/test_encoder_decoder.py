@@ -57,6 +57,29 @@ async def test_it_says_what_generate_says_in_every_turn(t5):
     await engine.close()
 
 
+@pytest.mark.parametrize("penalty", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}])
+async def test_what_forbids_repeating_looks_at_the_answer_alone(t5, penalty):
+    import torch
+
+    engine = engine_of(t5)
+    asked = [ChatMessage.user("the quick brown fox jumps over the lazy dog")]
+    completion = await answer(engine, asked, **penalty)
+    ids = torch.tensor([engine.prompt_ids(asked)])
+    options = {"max_new_tokens": GREEDY["max_new_tokens"], "do_sample": False, **penalty}
+    made = engine.model.generate(ids, **options)[0, 1:]
+    assert completion.message.text == engine.tokenizer.decode(made, skip_special_tokens=True)
+    await engine.close()
+
+
+async def test_the_first_token_may_be_the_models_own(t5):
+    engine = engine_of(t5)
+    await engine.load()
+    forced = engine.tokenizer.encode("k")[0]
+    engine.model.generation_config.forced_bos_token_id = forced
+    assert (await answer(engine, [ChatMessage.user("hello")])).message.text.startswith("k")
+    await engine.close()
+
+
 def test_a_prompt_without_a_template_is_the_texts(t5):
     engine = engine_of(t5)
     messages = [ChatMessage.system("translate:"), ChatMessage.user("the fox")]

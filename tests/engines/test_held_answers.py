@@ -78,6 +78,23 @@ async def test_each_token_has_its_probability_and_others_beside_it(engine):
     assert [each.alternatives for each in sampled.logprobs] == [(), (), ()]
 
 
+async def test_the_callers_end_of_sequence_ends_a_held_answer_too(engine):
+    other = engine.tokenizer.encode("z")[0]
+    completion = await answer(engine, ASK, json_schema='{"type": "boolean"}', eos_token_id=other, max_new_tokens=60)
+    assert isinstance(json.loads(completion.message.text), bool)
+    assert completion.finish_reason == "stop"
+
+
+async def test_more_tokens_than_the_schema_has_room_for_cannot_be_had(engine):
+    held = {"json_schema": '{"type": "boolean"}', "do_sample": True, "seed": 1, "min_new_tokens": 40}
+    assert isinstance(json.loads((await answer(engine, ASK, max_new_tokens=60, **held)).message.text), bool)
+
+
+def test_a_schema_that_cannot_be_held_is_known_before():
+    assert not Structure(set[int]).can_be_held_to
+    assert Structure(list[int]).can_be_held_to
+
+
 async def test_logprobs_and_a_schema_go_together(engine):
     completion = await answer(engine, ASK, logprobs=1, json_schema='{"type": "boolean"}', max_new_tokens=20)
     assert isinstance(json.loads(completion.message.text), bool)

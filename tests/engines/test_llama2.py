@@ -136,3 +136,12 @@ class TestLlamaEngine(EngineContract):
 
     def make_engine(self):
         return engine_of(self.llama2)
+
+
+def test_a_pipeline_that_ends_nowhere_is_told_how_to_end(tiny_model):
+    pipeline = PromptPipeline().translate_role(role="system", to="user")
+    engine = HuggingEngine(str(tiny_model), prompt_pipeline=pipeline)
+    with pytest.raises(
+        PromptError, match=r"gives messages(.|\n)*conversation_fmt\(\.\.\.\) or \.conversation_dict\(\)"
+    ):
+        engine.prompt_len([ChatMessage.user("hello")])

@@ -1,5 +1,6 @@
 """Images and sound through real processors: the same answers as transformers', states reused, bad media refused."""
 
+import inspect
 import struct
 import zlib
 
@@ -9,6 +10,7 @@ import pytest
 from kani_nb import ChatMessage, HuggingEngine
 from kani_nb.engines.huggingface.media import read_audio, read_image
 from kani_nb.errors import ConfigError, PromptError
+from kani_nb.functions import ai_function
 from kani_nb.messages import AudioPart, ImagePart, VideoPart
 from tests.engines.asking import GREEDY, answer
 from tests.engines.media_models import make_hearing_model, make_seeing_model, png, wav
@@ -181,3 +183,66 @@ def test_beside_media_a_control_token_in_the_text_is_refused(seeing):
 def test_a_model_of_text_says_that_it_reads_only_text(tiny_model):
     with pytest.raises(PromptError, match="this model reads only text, and the message holds image/png"):
         engine_of(tiny_model).prompt_len([ChatMessage.user((PICTURE, "?"))])
+
+
+def test_a_model_with_positions_in_several_dimensions_sees_as_transformers_does():
+    """Qwen2-VL puts an image into a plane of positions; plain ones would put it in a line, without any error."""
+    import torch
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    from kani_nb.engines.huggingface import kv_layers
+    from kani_nb.engines.huggingface.driving import CacheMode, find_driving, forward
+
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 200,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    }
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+    marks = {"image_token_id": 150, "video_token_id": 151, "vision_start_token_id": 148, "vision_end_token_id": 149}
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **marks)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    ids = [5, 6, 148, *[150] * 16, 149, 7, 8, 9]
+    media = {"pixel_values": torch.randn(64, 96), "image_grid_thw": torch.tensor([[1, 8, 8]])}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        media["mm_token_type_ids"] = torch.tensor([[int(each == 150) for each in ids]])
+    driving = find_driving(model, "cpu")
+    assert driving.mode is not CacheMode.REUSE
+    batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long), **media}
+    expected = model.generate(**batch, max_new_tokens=12, do_sample=False, eos_token_id=None)[0, len(ids) :].tolist()
+    said: list[int] = []
+    with torch.inference_mode():
+        cache = kv_layers.new_cache(model.config)
+        logits = forward(model, driving, cache, ids, 0, "cpu", media=media)
+        while len(said) < 12:
+            said.append(int(logits.argmax()))
+            logits = forward(model, driving, cache, [said[-1]], len(ids) + len(said) - 1, "cpu")
+    assert said == expected
+
+
+async def test_tools_are_told_beside_an_image_too(seeing):
+    @ai_function(read_only=True)
+    def measure(width: int) -> str:
+        """Measure the picture."""
+
+    engine = engine_of(seeing)
+    asked = [ChatMessage.user(("What is ", PICTURE, "this?"))]
+    with_tool = engine.tokenizer.decode(engine.prompt_ids(asked, [measure]))
+    assert "Measure the picture." in with_tool
+    measure.desc = "Weigh the picture."
+    assert "Weigh the picture." in engine.tokenizer.decode(engine.prompt_ids(asked, [measure]))
+
+
+def test_a_pipeline_of_text_refuses_images(seeing):
+    engine = HuggingEngine(str(seeing), prompt_pipeline=lambda messages, functions: "text")
+    with pytest.raises(PromptError, match="a pipeline of text cannot hold images"):
+        engine.prompt_len([ChatMessage.user((PICTURE, "?"))])

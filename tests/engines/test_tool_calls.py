@@ -7,7 +7,7 @@ import pytest
 from kani_nb import ChatMessage
 from kani_nb.engines.base import EngineNotice, FinishReason, ReasoningDelta, TextDelta, ToolCallDelta
 from kani_nb.functions import ai_function
-from kani_nb.messages import ToolCall
+from kani_nb.messages import FunctionCall, ImagePart, ToolCall
 from tests.conftest import CHAT_TEMPLATE, make_model
 from tests.engines.asking import GREEDY, engine_of
 from tests.engines.speaking import speak
@@ -183,4 +183,58 @@ async def test_what_a_described_answer_does_not_fit_is_shown_as_it_is(tmp_path):
     assert message.text.startswith("Well.")
     assert "{broken" in message.text
     assert message.text.endswith("So.")
+    await engine.close()
+
+
+MISTRAL_IDS = (
+    "{% for message in messages %}{% for call in message.tool_calls or [] %}{% if call.id | length != 9 %}"
+    "{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}{% endfor %}"
+    "{% endfor %}"
+)
+ONE_CALL = (
+    "{% for message in messages %}{% if (message.tool_calls or []) | length > 1 %}"
+    "{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}{% endfor %}"
+)
+ALTERNATING = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}"
+)
+
+
+def two_calls(*ids):
+    calls = tuple(ToolCall(each, FunctionCall("weather", '{"city": "Rome"}')) for each in ids)
+    results = [ChatMessage.function("weather", f"result {number}", each) for number, each in enumerate(ids)]
+    return [ChatMessage.user("Rome?"), ChatMessage.assistant("", tool_calls=calls), *results]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [MISTRAL_IDS + HERMES_TEMPLATE, ONE_CALL + HERMES_TEMPLATE, ALTERNATING + NO_SYSTEM_TEMPLATE],
+    ids=["ids of nine characters", "one call in a message", "turns, and no tools"],
+)
+def test_templates_with_rules_of_their_own_get_the_calls_as_they_want_them(tmp_path, template):
+    folder = make_model(tmp_path / "m", chat_template=template, max_position_embeddings=2048)
+    engine = engine_of(folder)
+    prompt = engine.tokenizer.decode(engine.prompt_ids(two_calls("call_0123456789abcdef", "x"), [weather]))
+    assert prompt.count("Rome") >= 3
+    assert prompt.index("result 0") < prompt.index("result 1")
+    engine.prompt_ids([*two_calls("a" * 9, "b" * 9), ChatMessage.user("and now?")], [weather])
+
+
+def test_an_image_that_a_function_gave_is_named_to_a_model_that_cannot_see(tiny_model):
+    history = two_calls("a" * 9)
+    history[-1] = history[-1].copy_with(content=("a plot: ", ImagePart(b"x", "image/png")))
+    prompt = engine_of(tiny_model).prompt_ids(history)
+    text = engine_of(tiny_model).tokenizer.decode(prompt)
+    assert "a plot: [image/png, 1 bytes, which this model cannot read]" in text
+
+
+async def test_a_described_call_without_a_name_is_shown_as_it_is(tmp_path):
+    said = 'Well.<call>{"nme": 1}</call> So.'
+    engine = await loaded(tmp_path / "m", HERMES_TEMPLATE, said, response_template=RESPONSE_TEMPLATE)
+    if not hasattr(engine.tokenizer, "get_response_parser"):
+        pytest.skip("this transformers has no response templates")
+    message = (await events_of(engine, [ChatMessage.user("?")]))[-1].message
+    assert message.tool_calls is None
+    assert message.text.startswith("Well.")
     await engine.close()

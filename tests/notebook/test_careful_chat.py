@@ -95,12 +95,34 @@ def test_a_file_that_is_no_conversation_is_not_written_over(cells, tmp_path, nam
     assert json.loads(path.read_text())["format"] == "kani_nb conversation"
 
 
+@pytest.mark.parametrize(
+    "options", ["talk.json", "talk.md", "talk.json --format openai", "talk.json --format sharegpt"]
+)
+def test_another_conversation_is_not_written_over(cells, tmp_path, options):
+    cells.good("%load_engine echo")
+    cells.good("%%chat\nhello")
+    cells.good(f"%chat save {tmp_path}/{options}")
+    path = tmp_path / options.partition(" ")[0]
+    before = path.read_bytes()
+    cells.good("%chat new other")
+    cells.good("%%chat\nsomething else")
+    said = cells.bad(f"%chat save {tmp_path}/{options}")
+    assert "it holds another conversation than 'other'" in said
+    assert "--overwrite" in said
+    assert path.read_bytes() == before
+    cells.good(f"%chat save {tmp_path}/{options} --overwrite")
+    assert path.read_bytes() != before
+    cells.good(f"%chat save {tmp_path}/{options}")
+
+
 def test_a_conversation_saved_before_is_written_over_and_missing_folders_are_named(cells, tmp_path):
     cells.good("%load_engine echo")
     cells.good("%%chat\nhello")
     for name in ("talk.json", "talk.md"):
         cells.good(f"%chat save {tmp_path}/{name}")
         cells.good(f"%chat save {tmp_path}/{name}")
+    cells.good("%%chat\nand more")
+    cells.good(f"%chat save {tmp_path}/talk.md")  # it has only gone on
     assert f"mkdir -p {tmp_path}/nowhere" in cells.bad(f"%chat save {tmp_path}/nowhere/talk.json")
     assert "--format" in cells.bad(f"%chat save {tmp_path}/talk.xyz")
 

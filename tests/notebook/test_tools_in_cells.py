@@ -95,6 +95,71 @@ def hang() -> None:
     assert "Done." in printed
 
 
+def test_after_an_interrupt_no_other_function_of_the_message_is_run(cells):
+    cells.good(SCRIPT.replace("CALL", "[FunctionCall.with_args('hang'), FunctionCall.with_args('drop')]"))
+    cells.good("""
+import time, signal
+dropped = []
+@ai_function(read_only=True)
+def hang() -> None:
+    threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+    time.sleep(20)
+@ai_function(read_only=True)
+def drop() -> None:
+    dropped.append(1)
+""")
+    for number in range(3):
+        cells.good(f"%chat new attempt-{number}")
+        cells.bad("%%chat --quiet --tools hang,drop\ngo")
+    assert cells.shell.user_ns["dropped"] == []
+    assert "drop() failed: drop was not run: the user stopped it" in cells.good("%chat show")
+
+
+def test_an_interrupt_at_the_question_keeps_what_was_called_before(cells, monkeypatch):
+    cells.good(
+        SCRIPT.replace("CALL", "[FunctionCall.with_args('add', a=1, b=2), FunctionCall.with_args('delete', path='x')]")
+    )
+
+    def interrupted(_question):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    cells.bad("%%chat --quiet --tools add,delete\ngo")
+    shown = cells.good("%chat show")
+    assert "[add(a=1, b=2) → 3]" in shown
+    assert "deleted" not in shown
+
+
+def test_a_function_that_ends_the_process_ends_only_itself(cells):
+    script(cells, "FunctionCall.with_args('leave')")
+    cells.good("import sys\n@ai_function(read_only=True)\ndef leave() -> None:\n    sys.exit(3)")
+    assert "leave() failed: RuntimeError: it raised SystemExit: 3" in cells.good("%%chat --tools leave\ngo")
+
+
+def test_a_function_that_was_defined_anew_is_the_one_that_is_called(cells):
+    script(cells, "FunctionCall.with_args('add', a=2, b=3)")
+    cells.good("%%chat --quiet --tools add\ngo")
+    cells.good("@ai_function(read_only=True)\ndef add(a: int, b: int) -> int:\n    return 100")
+    assert "add(a=2, b=3) → 100" in cells.good("%chat retry")
+    cells.good("%chat new another\n%chat tools add")
+    cells.good("@ai_function(read_only=True)\ndef add(a: int, b: int) -> int:\n    return 200")
+    assert "add(a=2, b=3) → 200" in cells.good("%%chat\ngo on")
+
+
+def test_always_holds_for_the_conversation(cells, monkeypatch):
+    cells.good(
+        SCRIPT.replace(
+            'CALL, "Done."',
+            "FunctionCall.with_args('delete', path='x'), 'a', FunctionCall.with_args('delete', path='y'), 'b'",
+        )
+    )
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "a")
+    cells.good("%%chat --append --tools delete\ngo")
+    assert "deleted y" in cells.good("%%chat --append --tools delete\nand on")
+    assert len(asked) == 1
+
+
 def test_stop_ends_a_function_that_runs_on_the_main_thread(cells):
     script(cells, "FunctionCall.with_args('hang')")
     cells.good("""
@@ -107,7 +172,7 @@ def hang() -> None:
     began = time.monotonic()
     printed = cells.good("%%chat --tools hang\ngo")
     assert time.monotonic() - began < 10
-    assert "hang was not run: the user stopped it" in printed
+    assert "hang was stopped by the user while it ran" in printed
     assert "stopped" in printed
 
 
@@ -117,7 +182,9 @@ def test_tools_of_the_conversation_hold_until_they_are_cleared(cells):
     shown = cells.good("%chat tools add,delete --approve never")
     assert "Add two numbers." in shown
     assert "[add(a=2, b=3) → 5]" in cells.good("%%chat\n2 + 3?")
-    assert "always" not in cells.good("%chat tools --approve always").replace("approval", "")
+    shown = cells.good("%chat tools --approve always")
+    assert shown.count("  runs") == 2
+    assert "at most 8 rounds of calls" in shown
     cells.good("%chat tools --clear")
     assert "→ 5" not in cells.good("%%chat --append\nagain")
 
@@ -131,12 +198,18 @@ def test_tools_of_the_conversation_hold_until_they_are_cleared(cells):
         ("--tools ,", "--tools names no function"),
         ("--tools add --approve maybe", "maybe"),
         ("--tools add --max-steps 0", "max_steps is 0"),
+        ("--tools untyped", "untyped has the parameter 'a' without a type\n→ a: str, or so"),
+        ("--tools nameless", "'<lambda>' cannot be a function's name for a model"),
+        ("--tools part", "cannot be a function's name for a model"),
+        ("--tools len", "len is Python's own"),
+        ("--tools add delete", "→ --tools add,delete"),
         ("--tools starred", "starred has the parameter *words: a model passes each argument by its name"),
     ],
 )
 def test_what_is_no_tool_is_refused_before_anything_is_asked(cells, line, complaint):
     script(cells, "'never'")
-    cells.good("number = 3\ndef starred(*words): pass")
+    cells.good("import functools\nnumber, nameless, part = 3, lambda: 1, functools.partial(delete)")
+    cells.good("def starred(*words): pass\ndef untyped(a): pass")
     assert complaint in cells.bad(f"%%chat {line}\ngo")
     assert "0 turns" in cells.good("%chat history")
 

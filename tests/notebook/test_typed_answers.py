@@ -63,6 +63,19 @@ def test_what_is_no_type_is_refused_before_anything_is_asked(cells, name, compla
     assert "0 turns" in cells.good("%chat history")
 
 
+def test_an_answer_that_the_token_limit_cuts_says_so_and_is_not_asked_for_again(cells):
+    script(cells, '{"name": "a very long name of a city that goes on"')
+    printed = cells.bad("%%chat --quiet --schema City --max-new-tokens 3\na city")
+    assert "the answer was cut at 3 tokens, before it was a whole City" in printed
+    assert "--max-new-tokens" in printed
+
+
+def test_the_reply_is_there_beside_the_object(cells):
+    script(cells, PARIS)
+    cells.good("%%chat --schema City --into city\na city")
+    assert cells.shell.user_ns["kani_nb"].runtime().chat.reply.value == cells.shell.user_ns["city"]
+
+
 def test_probabilities_are_in_the_reply_or_the_engine_says_that_it_has_none(cells, tiny_model):
     script(cells, "hello")
     assert "this engine gives no probabilities of tokens" in cells.good("%%chat --logprobs --into reply\ngo")

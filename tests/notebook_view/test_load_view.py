@@ -56,6 +56,15 @@ def test_a_failure_is_one_line_too(screen, clock):
     assert len(screen.frames) == 1
 
 
+def test_a_password_in_an_address_is_not_shown(screen, clock):
+    view = LoadView("vllm:m@http://me:s3cret@h:1/v1?api_key=k3y", display=screen, clock=clock)
+    view.progress(LoadProgress("asking"))
+    view.pump()
+    view.finish(has_failed=True)
+    assert not any(secret in repr(frame) for frame in screen.frames for secret in ("s3cret", "k3y"))
+    assert "vllm:m@http://h:1/v1" in screen.last["text/plain"]
+
+
 def test_progress_may_come_from_any_thread(screen, clock):
     view = LoadView("m", display=screen, clock=clock)
     threads = [

@@ -120,12 +120,34 @@ def test_engines_of_other_packages_are_found_and_broken_ones_harm_nobody(neighbo
         ("https://host/v1#m", ("openai", "https://host/v1#m")),
         ("openai:gpt-5", ("openai", "openai:gpt-5")),
         ("vllm:org/model", ("openai", "vllm:org/model")),
+        ("1.5-mini/model", ("hf", "1.5-mini/model")),
         ("kani:anthropic", ("kani", "anthropic")),
         ("llamacpp:x.gguf", ("llamacpp", "x.gguf")),
     ],
 )
 def test_a_name_is_routed_to_its_engine(model: str, expected: tuple[str, str]) -> None:
     assert parse_spec(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "meant"),
+    [
+        ("localhost:8765/v1", "http://localhost:8765/v1"),
+        ("localhost:8765", "http://localhost:8765/v1"),
+        ("localhost/v1", "http://localhost/v1"),
+        ("127.0.0.1:8765", "http://127.0.0.1:8765/v1"),
+        ("127.0.0.1:8765/v1#m", "http://127.0.0.1:8765/v1#m"),
+        ("[::1]:8000/v1", "http://[::1]:8000/v1"),
+        ("gpu-box.example.org:8000", "http://gpu-box.example.org:8000/v1"),
+        ("ollama:llama3", "http://127.0.0.1:11434/v1#llama3"),
+        ("ollama:llama3:8b", "http://127.0.0.1:11434/v1#llama3:8b"),
+        ("Ollama:http://other:11434/v1#m", "http://other:11434/v1#m"),
+    ],
+)
+def test_a_server_that_is_named_otherwise_is_offered_by_its_address(model: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_spec(model)
+    assert caught.value.fix.rstrip("?").endswith(f" {meant}")
 
 
 def test_an_unknown_engine_offers_near_misses() -> None:

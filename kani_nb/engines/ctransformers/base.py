@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib.util
 import threading
 import time
 import warnings
@@ -26,7 +27,7 @@ from kani_nb.engines.base import (
 )
 from kani_nb.engines.ctransformers.answering import Answer, Emit
 from kani_nb.engines.ctransformers.files import LegacyFile, find_file
-from kani_nb.engines.ctransformers.host import ChildHost, last_of
+from kani_nb.engines.ctransformers.host import ChildHost, last_of, missing_package
 from kani_nb.engines.ctransformers.sampling import sampling_of
 from kani_nb.engines.huggingface.prompting import call_build_prompt, check_text
 from kani_nb.engines.worker import Slot, iterate_in_thread, run_in_thread
@@ -120,6 +121,28 @@ class CTransformersEngine(BaseEngine):
 
     # -- loading and freeing ---------------------------------------------------------------------------------------
 
+    async def prepare(self, progress: ProgressCallback | None = None) -> None:
+        """Find the package and the file, downloading it if need be; no process is started.
+
+        Raises:
+            MissingDependencyError: ctransformers is not installed.
+            UnknownModelError, ModelUnavailableError, ModelFilesError, ConfigError: as their names say.
+        """
+        await run_in_thread(lambda cancelled: self._find(progress, cancelled), name="kani-nb-prepare")
+
+    def _find(self, progress: ProgressCallback | None, cancelled: threading.Event | None) -> LegacyFile:
+        for package in ("ctransformers", "cpuinfo"):
+            if importlib.util.find_spec(package) is None:  # importing it is the process's part
+                raise missing_package(f"there is no package {package}")
+        return find_file(
+            self.model_id,
+            self.model_file,
+            self._load_kwargs.get("model_type"),
+            token=self._token,
+            progress=progress,
+            cancelled=cancelled,
+        )
+
     async def load(self, progress: ProgressCallback | None = None) -> None:
         """Start the process and load the model there. Cancelling ends the process.
 
@@ -147,14 +170,8 @@ class CTransformersEngine(BaseEngine):
             report = progress or (lambda _: None)
             settings = dict(self._load_kwargs)
             lib, threads = settings.pop("lib", None), settings.pop("threads", None)
-            self._file = file = find_file(
-                self.model_id,
-                self.model_file,
-                settings.pop("model_type", None),
-                token=self._token,
-                progress=progress,
-                cancelled=cancelled,
-            )
+            settings.pop("model_type", None)
+            self._file = file = self._find(progress, cancelled)
             settings.setdefault("context_length", self._asked_context)
             report(LoadProgress("weights", f"{file.path.name}, in a process of its own; {NOTICE}"))
             host = ChildHost(self.model_id)

@@ -125,11 +125,7 @@ class ChildHost:
 
     def _failure(self, doing: str, answer: dict[str, Any]) -> EngineError:
         if answer.get("is_import"):
-            return MissingDependencyError(
-                "ctransformers is not installed",
-                why=answer["failed"],
-                fix=f"pip install ctransformers py-cpuinfo; better, {SUCCESSOR}",
-            )
+            return missing_package(answer["failed"])
         lines = self.printed.splitlines()
         why = answer["failed"] + (f" ({lines[-1]})" if lines else "")
         return GenerationError(f"ctransformers failed while {doing} {self._name}", why=why, fix=SUCCESSOR)
@@ -175,3 +171,12 @@ def last_of(answers: Iterator[dict[str, Any]], each: Callable[[dict[str, Any]], 
             each(answer)
         answer = following
     return answer
+
+
+def missing_package(why: str) -> MissingDependencyError:
+    """The error for a package that is not there, with its successor."""
+    return MissingDependencyError(
+        "ctransformers is not installed",
+        why=why,
+        fix=f"pip install ctransformers py-cpuinfo; better, {SUCCESSOR}",
+    )

@@ -15,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import urllib.request
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kani_nb.engines.httpclient.address import ServiceAddress
+from kani_nb.engines.httpclient.address import ServiceAddress, origin_of
 from kani_nb.engines.httpclient.errors import (
     MOST_RETRIES,
     AccessRefusedError,
@@ -330,6 +331,21 @@ class BaseClient:
             return self._session
         raise failure
 
+    async def has_gone(self) -> bool:
+        """Whether nothing listens at the address any more: one connection, tried for a second; False where unknown."""
+        if self.http is not None or (not self.is_local and urllib.request.getproxies()):
+            return False  # its way there may be another
+        host, port = origin_of(self.SERVICE_BASE)[1:]
+        try:
+            async with asyncio.timeout(1.0):
+                _, writer = await asyncio.open_connection(host, port)
+        except OSError as error:  # a timeout too, which says nothing of who is only busy
+            return not isinstance(error, TimeoutError)
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+        return False
+
     async def close(self) -> None:
         """Hang up: requests under way fail, and a later one connects again. A client that was passed in stays open."""
         session, self._session = self._session, None
@@ -378,6 +394,11 @@ class BaseClient:
     def _start_hint(self) -> str:
         """What to do where nothing answers."""
         return "check the address, and that the server runs" if self.is_local else "check the address and the network"
+
+    @property
+    def start_hint(self) -> str:
+        """What to do where nothing answers."""
+        return self._start_hint()
 
     def __repr__(self) -> str:
         """The address; no key, no header."""

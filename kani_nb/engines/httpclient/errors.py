@@ -35,6 +35,8 @@ _SHOWN_KEY = re.compile(
     r"(?i)(?P<before>\bbearer\s+|\b(?:api[-_]?key|access[-_]?token|password|secret)['\"]?\s*[=:]\s*['\"]?)"
     r"(?=[^\s'\"&,;<>]*\d)[^\s'\"&,;<>]{4,}|\bsk-[\w*.…-]{6,}"
 )
+#: What OpenSSL says when the other side answers in plain text.
+_NO_TLS = re.compile(r"WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|PACKET_LENGTH_TOO_LONG|HTTP_REQUEST", re.IGNORECASE)
 _SECRET_NAME = re.compile(r"(?i)auth|key|token|secret|passw|cookie|sig|code")
 _HARMLESS = {"accept", "accept-encoding", "connection", "content-type", "user-agent"}
 
@@ -217,6 +219,13 @@ def unreached(
     import httpx
 
     reason = one_line(str(error), redact) or type(error).__name__
+    if isinstance(error, httpx.ConnectError) and address.startswith("https://") and _NO_TLS.search(reason):
+        plain = f"http://{address.removeprefix('https://')}"
+        return ServerDownError(
+            f"nothing speaks https at {address}",
+            why=f"what answers there is not encrypted ({reason})",
+            fix=f"did you mean {plain}?",
+        )
     if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
         reason = f"no connection within {connect_timeout:g} s"
     elif isinstance(error, httpx.TimeoutException):

@@ -312,6 +312,7 @@ class HuggingEngine(KeepsWeights):
         self._loaded = None
         self._cache = None
         self._weights = None
+        self._prepared.forget_media()
         if (running := self._running) is not None:
             stop, has_ended = running
             stop.set()
@@ -403,7 +404,9 @@ class HuggingEngine(KeepsWeights):
             read_by = self._prepared.reader(prompt.ids, functions)
             kind = EncoderDecoderGeneration if loaded.model.config.is_encoder_decoder else Generation
             held = self._prepared.constraint(
-                params.json_schema, loaded.eos_ids, loaded.model.config.get_text_config().vocab_size
+                params.json_schema,
+                params.eos_token_id or loaded.eos_ids,
+                loaded.model.config.get_text_config().vocab_size,
             )
             kind(loaded, prompt, params, cache, memory, stop, read_by, held).run(emit, queued_s)
 

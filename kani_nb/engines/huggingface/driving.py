@@ -104,11 +104,13 @@ def find_driving(model: Any, device: str) -> Driving:
     is_plain = not getattr(model, "_is_stateful", False) and not _keeps_positions(model)
     if "past_key_values" in accepted and is_plain and _has_plain_layers(model.config):
         return Driving(CacheMode.REUSE, argument, False, keeps_few_logits, boundary)
-    tried = Driving(CacheMode.NONE, argument, True, keeps_few_logits, boundary)
-    modes = (CacheMode.STEPS,) if _keeps_positions(model) else (CacheMode.REUSE, CacheMode.STEPS)
+    # A model with positions in several dimensions makes them itself: plain ones would put an image in a line.
+    passes_positions = not _keeps_positions(model)
+    tried = Driving(CacheMode.NONE, argument, passes_positions, keeps_few_logits, boundary)
+    modes = (CacheMode.REUSE, CacheMode.STEPS) if passes_positions else (CacheMode.STEPS,)
     for mode in modes:
         if _gives_right_logits(model, tried, mode, device):
-            return Driving(mode, argument, True, keeps_few_logits, boundary)
+            return Driving(mode, argument, passes_positions, keeps_few_logits, boundary)
     return tried
 
 

@@ -183,7 +183,8 @@ class Generation:
         """The logits `(1, V)` after `tokens`, whose states `entry` then holds."""
         loaded, start = self._loaded, len(entry.ids)
         end = start + len(tokens)
-        entry.ids.extend((*self._prompt.keys, *self._ids[self._prompt_tokens :])[start:end])
+        entry.ids.extend(self._prompt.keys[start:end])  # empty beyond the prompt
+        entry.ids.extend(self._ids[max(start, self._prompt_tokens) : end])
         media = self._prompt.media if start < self._prompt.media_end else None
         if loaded.driving.mode is CacheMode.NONE:
             media = self._prompt.media

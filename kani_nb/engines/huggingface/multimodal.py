@@ -6,6 +6,7 @@ chat template alone is used, as for every model.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -103,7 +104,7 @@ class MediaPrompts:
             ModelFilesError: the processor's files are broken.
             MissingDependencyError: a library that reads them is not installed.
         """
-        key = (tuple(messages), tuple(each["function"]["name"] for each in tool_schemas(functions)))
+        key = (tuple(messages), json.dumps(tool_schemas(functions), sort_keys=True, default=str))
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = self._encode(messages, functions)
@@ -121,8 +122,9 @@ class MediaPrompts:
         if self._processor is None:
             self._processor = load_processor(self._request)
         self._refuse_control_tokens(messages)
-        made = self._given(parts)
+        made: dict[str, list[Any]] = {}
         try:
+            self._give(parts, made)
             text = self._rendered(messages, functions)
             batch = self._run(text, made)
         finally:
@@ -142,9 +144,13 @@ class MediaPrompts:
                         fix="leave it out, or ask without media",
                     )
 
-    def _given(self, parts: Sequence[MediaPart]) -> dict[str, list[Any]]:
-        """The media as the processor takes them, by its arguments' names."""
-        given: dict[str, list[Any]] = {}
+    def forget(self) -> None:
+        """Drop the prompts that are kept."""
+        with self._lock:
+            self._kept.clear()
+
+    def _give(self, parts: Sequence[MediaPart], given: dict[str, list[Any]]) -> None:
+        """Put the media into `given` as the processor takes them, by its arguments' names."""
         for part in parts:
             if isinstance(part, ImagePart):
                 given.setdefault("images", []).append(read_image(part))
@@ -152,7 +158,6 @@ class MediaPrompts:
                 given.setdefault("audio", []).append(read_audio(part, self._sample_rate()))
             elif isinstance(part, VideoPart):
                 given.setdefault("videos", []).append(video_file(part))
-        return given
 
     def _sample_rate(self) -> int:
         extractor = getattr(self._processor, "feature_extractor", None)

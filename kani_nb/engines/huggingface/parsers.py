@@ -18,6 +18,8 @@ from kani_nb.messages import ChatMessage, FunctionCall, MessagePart, ReasoningPa
 
 #: Names under which templates on the Hub keep reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+#: What reading something that is no call raises.
+_NO_CALL = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 #: How many of the prompt's last tokens are looked at: what a template writes before the answer is short.
 _PROMPT_END = 48
 
@@ -84,6 +86,17 @@ class ResponseTemplateReader:
         self._raw = ""
         self._read = 0  # how far `_raw` has become events
         self._is_broken = False
+        self._region = ""
+        for event in parser.initial_events:  # what the prompt has opened
+            self._note_region(event)
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether what comes next is reasoning."""
+        return self._region in _REASONING
+
+    def _note_region(self, event: dict[str, Any]) -> None:
+        self._region = str(event.get("field") or "") if event["type"] != "region_close" else ""
 
     def push(self, text: str, tokens: int | None = None) -> list[StreamEvent]:
         """See `Reader.push`."""
@@ -92,7 +105,7 @@ class ResponseTemplateReader:
         self._raw += text
         try:
             return self._events(self._parser.feed(text), tokens)
-        except ValueError:  # a call that is none: what could not be read is shown as it is
+        except _NO_CALL:  # a call that is none: what could not be read is shown as it is
             return self._give_up(tokens)
 
     def finish(self) -> list[StreamEvent]:
@@ -101,7 +114,7 @@ class ResponseTemplateReader:
             return []
         try:
             _, events = self._parser.finalize()
-        except ValueError:
+        except _NO_CALL:
             return self._give_up(None)
         return self._events(events, None)
 
@@ -125,6 +138,7 @@ class ResponseTemplateReader:
     def _events(self, events: Sequence[dict[str, Any]], tokens: int | None) -> list[StreamEvent]:
         found: list[StreamEvent] = []
         for event in events:
+            self._note_region(event)
             field, text = event.get("field"), event.get("text") or ""
             if event["type"] == "region_chunk" and not event.get("dirty"):
                 self._read = max(self._read, self._raw.find(text, self._read) + len(text))

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kani_nb.engines.described_tools import with_described_tools
-from kani_nb.engines.huggingface.prompting import PROBE, ChatTemplate, check_text, ids_of
+from kani_nb.engines.huggingface.prompting import PROBE, ChatTemplate, check_text, ids_of, without_media_results
+from kani_nb.engines.prompts.terminal import check_ended
 from kani_nb.errors import PromptError
 from kani_nb.functions import tool_schemas
 from kani_nb.messages import ChatMessage, ChatRole, MediaPart
@@ -53,6 +54,7 @@ class PipelinePrompt:
         """
         if not messages:
             raise PromptError("there is no message to answer")
+        messages = [without_media_results(each) for each in messages]
         for message in messages:
             if any(isinstance(part, MediaPart) for part in message.parts):
                 raise PromptError("a pipeline of text cannot hold images or sound", fix="remove them")
@@ -60,7 +62,7 @@ class PipelinePrompt:
                 check_text(message.text)
         if tool_schemas(functions) and self.ignores_tools:
             messages, functions = with_described_tools(messages, tool_schemas(functions)), None
-        made = self._pipeline(messages, functions)
+        made = check_ended(self._pipeline(messages, functions))
         if isinstance(made, list):
             return self._template.encode_records(made, tool_schemas(functions) or None)
         if not isinstance(made, str):

@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kani_nb.engines.base import LoadProgress, ProgressCallback
+from kani_nb.engines.described_tools import with_described_tools
 from kani_nb.engines.huggingface.arguments import LoadRequest
+from kani_nb.functions import tool_schemas
 from kani_nb.hardware.shapes import ModelShape
-from kani_nb.messages import ChatMessage, MediaPart
+from kani_nb.messages import ChatMessage, ChatRole, MediaPart
 
 if TYPE_CHECKING:
     from kani_nb.engines.huggingface.model_inputs import ModelInputs
@@ -167,10 +169,14 @@ class Prepared:
             from kani_nb.engines.huggingface.multimodal import MediaOptions, MediaPrompts, media_of
 
             config = self.config()
-            if media_of(config):
+            if media_of(config) and self._pipeline is None:
                 if self._media_prompts is None:
                     options = self._media or MediaOptions()
                     self._media_prompts = MediaPrompts(self.request(), config, options, self._template_kwargs)
+                tools = tool_schemas(functions)
+                has_calls = any(each.tool_calls or each.role is ChatRole.FUNCTION for each in messages)
+                if (tools or has_calls) and self._template.ignores_tools:
+                    messages, functions = with_described_tools(messages, tools), None
                 return self._media_prompts.encode(messages, functions)
         return self._template.encode(messages, functions)
 
@@ -191,6 +197,11 @@ class Prepared:
 
                 self._tokens = from_tokenizer(tokenizer, n_vocab=max(vocab_size, len(tokenizer)))
             return JsonConstraint(self._tokens, schema, eos_ids)
+
+    def forget_media(self) -> None:
+        """Drop the tensors of the latest prompts with media."""
+        if self._media_prompts is not None:
+            self._media_prompts.forget()
 
     @property
     def ignores_tools(self) -> bool:

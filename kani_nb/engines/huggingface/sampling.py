@@ -116,12 +116,14 @@ class Sampler:
         """
         import torch
 
-        if new_tokens < self._min_new_tokens and self._eos_ids:
-            logits = logits.clone()
-            logits[:, self._eos_ids] = -torch.inf
+        is_early = new_tokens < self._min_new_tokens and bool(self._eos_ids)
         if constraint is not None:
             allowed = torch.from_numpy(constraint.allowed()).to(logits.device)
             logits = logits[:, : len(allowed)].masked_fill(~allowed[None, : logits.shape[1]], -torch.inf)
+            is_early = is_early and not constraint.is_whole
+        if is_early:
+            logits = logits.clone()
+            logits[:, self._eos_ids] = -torch.inf
         if self.is_greedy and not self._processors:
             return int(logits.argmax(dim=-1))
         scores = logits.float()

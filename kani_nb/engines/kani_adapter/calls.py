@@ -131,8 +131,11 @@ def stopping_criteria(call: Call) -> Any:
 
 
 @contextlib.contextmanager
-def in_our_words(name: str, doing: str) -> Iterator[None]:
-    """What kani, its providers and their packages raise, as our errors, without keys."""
+def in_our_words(name: str, doing: str, extra: str | None = None) -> Iterator[None]:
+    """What kani, its providers and their packages raise, as our errors, without keys.
+
+    `extra` is what kani calls the packages that the engine needs.
+    """
     kani = kani_module("kani.exceptions")
     try:
         yield
@@ -143,8 +146,7 @@ def in_our_words(name: str, doing: str) -> Iterator[None]:
     except kani.PromptError as error:
         raise PromptError(f"{name} refused the prompt", why=without_secrets(str(error))) from error
     except (kani.MissingModelDependencies, ImportError) as error:
-        provider = name.removeprefix("kani:").partition(":")[0]
-        fix = f"pip install 'kani[{provider}]'" if name.startswith("kani:") and "." not in provider else ""
+        fix = f"pip install 'kani[{extra}]'" if extra else ""
         raise MissingDependencyError(f"{name} could not be {doing}", why=str(error), fix=fix) from error
     except Exception as error:
         reason = without_secrets(f"{type(error).__name__}: {error}".strip().splitlines()[0])

@@ -37,7 +37,7 @@ from kani_nb.engines.kani_adapter.calls import (
     stopping_criteria,
 )
 from kani_nb.engines.kani_adapter.messages import from_kani, functions_to_kani, kani_module, to_kani
-from kani_nb.engines.kani_adapter.names import factory_of
+from kani_nb.engines.kani_adapter.names import Recipe, recipe_of
 from kani_nb.engines.kani_adapter.params import Asked, Family, StreamedText, family_of, limit_held
 from kani_nb.engines.kinds import Ability, EngineKind
 from kani_nb.engines.worker import Emit, Slot, iterate_in_thread, run_in_thread
@@ -108,7 +108,8 @@ class KaniEngine(BaseEngine):
         """From `%load_engine kani:PROVIDER:MODEL` or `%load_engine kani:package.module:Class:MODEL`.
 
         Raises:
-            ConfigError: no such provider or class, or an option that engines of kani do not have.
+            ConfigError: no such provider or class, a model that kani cannot know, or an option of others.
+            UnknownModelError: a folder that is not there.
             MissingDependencyError: kani, or the named module, cannot be imported.
         """
         model = config.model.strip()
@@ -123,7 +124,7 @@ class KaniEngine(BaseEngine):
                 fix=f"%load_engine kani:{model}",
             )
         return cls(
-            factory_of(model),
+            recipe_of(model),
             max_context_size=config.max_context_size,
             generation=config.generation,
             name=f"kani:{model}",
@@ -138,6 +139,23 @@ class KaniEngine(BaseEngine):
     def is_loaded(self) -> bool:
         """Whether the engine of kani has been made."""
         return self._engine is not None
+
+    async def prepare(self, progress: ProgressCallback | None = None) -> None:
+        """Import what the engine needs; one that asks a service, and so takes no memory, is made already.
+
+        Raises:
+            EngineError, MissingDependencyError: as `load`.
+        """
+        make = self._make
+        if self.is_loaded or not isinstance(make, Recipe):
+            return
+
+        def check(cancelled: threading.Event) -> bool:
+            with in_our_words(self.name, "made", self._extra):
+                return make.is_of_a_service()
+
+        if await run_in_thread(check, name="kani-nb-prepare"):
+            await self.load(progress)
 
     async def load(self, progress: ProgressCallback | None = None) -> None:
         """Make the engine, where it is not made yet.
@@ -270,12 +288,16 @@ class KaniEngine(BaseEngine):
         async def answer() -> T:
             if self._engine is None:
                 assert self._make is not None
-                with in_our_words(self.name, "made"):
+                with in_our_words(self.name, "made", self._extra):
                     self._take(self._make())
-            with in_our_words(self.name, "run"):
+            with in_our_words(self.name, "run", self._extra):
                 return await question(self._engine)
 
         return call.run(self._open_loop, answer, self.name)
+
+    @property
+    def _extra(self) -> str | None:
+        return self._make.provider if isinstance(self._make, Recipe) else None
 
     def _open_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:

@@ -29,7 +29,12 @@ def as_kani_engine(engine: BaseEngine) -> Any:
         MissingDependencyError: kani is not installed.
     """
     if not isinstance(engine, BaseEngine):
-        raise ConfigError(f"{type(engine).__name__} is no engine of kani_nb", why="it must be a kani_nb.BaseEngine")
+        named = repr(engine) if isinstance(engine, str) else '"smollm2"'
+        raise ConfigError(
+            f"{type(engine).__name__} is no engine of kani_nb",
+            why="it must be a kani_nb.BaseEngine",
+            fix=f"as_kani_engine(kani_nb.HuggingEngine({named})), or as_kani_engine(kani_nb.runtime().engine)",
+        )
     if engine.max_context_size < 1:
         raise ConfigError(
             f"{engine!r} does not know its context yet",

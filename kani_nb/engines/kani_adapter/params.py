@@ -16,6 +16,11 @@ from kani_nb.generation_params import GenerationParams
 from kani_nb.messages import ChatMessage
 
 _OURS = tuple(each.name for each in fields(GenerationParams))
+#: What engines of this package can, and none of kani's, with one of ours that can.
+_OURS_ALONE = {
+    "logprobs": "%load_engine MODEL, llamacpp:FILE.gguf or openai:MODEL can give them",
+    "json_schema": "%load_engine MODEL or llamacpp:FILE.gguf can be held to one",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,9 @@ class Family:
                 raise ConfigError(
                     f"{engine} has no {name}",
                     why=f"what it takes of an answer's parameters: {', '.join(self.names)}",
-                    fix="leave it out, or give it to the engine's constructor under the provider's own name",
+                    fix=_OURS_ALONE.get(
+                        name, "leave it out, or give it to the engine's constructor under the provider's own name"
+                    ),
                 )
             made[self.names[name]] = list(value) if isinstance(value, tuple) else value
         if given.get("do_sample") is False and "do_sample" not in self.names:
@@ -62,7 +69,7 @@ def _same(*names: str) -> dict[str, str]:
 _SAMPLING = _same("temperature", "top_p")
 _HUGGINGFACE = Family(
     "huggingface",
-    _same(*(name for name in _OURS if name != "seed")),
+    _same(*(name for name in _OURS if name not in ("seed", *_OURS_ALONE))),
     strips=True,
     generates_here=True,
 )
@@ -112,11 +119,21 @@ def innermost(engine: Any) -> Any:
 def family_of(engine: Any) -> Family:
     """The family of an engine of kani, by the module of its class or of one it derives from."""
     inner = innermost(engine)
-    for kind in type(inner).__mro__:
+    family = _family_of_class(type(inner))
+    is_responses = family is _OPENAI and getattr(inner, "openai_api_type", None) == "responses"
+    return _OPENAI_RESPONSES if is_responses else family
+
+
+def is_of_a_service(engine_class: type) -> bool:
+    """Whether engines of this class ask a service, and so take no memory here worth the name."""
+    return _family_of_class(engine_class) in (_OPENAI, _ANTHROPIC, _GOOGLE)
+
+
+def _family_of_class(engine_class: type) -> Family:
+    for kind in engine_class.__mro__:
         for module, family in _BY_MODULE.items():
             if f"{kind.__module__}.".startswith(f"{module}."):
-                is_responses = family is _OPENAI and getattr(inner, "openai_api_type", None) == "responses"
-                return _OPENAI_RESPONSES if is_responses else family
+                return family
     return _OTHER
 
 

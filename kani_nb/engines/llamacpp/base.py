@@ -42,7 +42,8 @@ class LlamaCppEngine(BaseEngine):
     """A GGUF file, run by llama.cpp in this process (`pip install llama-cpp-python`).
 
     Args:
-        repo_id: a repository of the Hub; exactly one of this and `model_path` is given.
+        repo_id: a repository of the Hub; exactly one of this and `model_path` is given. Alone it may be whatever
+            `%load_engine` takes: a file, an alias, `org/model:FILE.gguf`.
         filename: the file in it, or a pattern such as `*Q4_K_M*`; None takes the only one.
         model_path: a file on this disk. Of a model in shards any one stands for all.
         max_context_size: tokens of prompt and answer together; 0 is the model's own window.
@@ -96,6 +97,10 @@ class LlamaCppEngine(BaseEngine):
         _alias: str | None = None,
         **hyperparams: Any,
     ) -> None:
+        if repo_id is not None and filename is None and model_path is None and _alias is None:
+            named_so = parse_model(repo_id)  # as a line names it: a file, an alias, org/model:FILE.gguf
+            repo_id, filename = named_so.get("repo"), named_so.get("filename")
+            model_path, _alias = named_so.get("path"), named_so.get("alias")
         settings = dict(model_load_kwargs or {})
         asked = max_context_size or settings.pop("n_ctx", 0) or None
         check_limits(max_context_size=asked, threads=threads, cache_gib=cache_gib)

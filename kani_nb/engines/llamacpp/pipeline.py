@@ -9,6 +9,7 @@ from kani_nb.engines.huggingface.prompting import PROBE, check_text, template_re
 from kani_nb.engines.llamacpp.guard import Guard, encode_prompt
 from kani_nb.engines.llamacpp.template import ChatTemplate, encode_with_tools
 from kani_nb.engines.llamacpp.vocabulary import Vocabulary
+from kani_nb.engines.prompts.terminal import check_ended
 from kani_nb.errors import PromptError
 from kani_nb.functions import tool_schemas
 from kani_nb.messages import ChatMessage, ChatRole
@@ -62,7 +63,7 @@ class PipelinePrompt:
         texts = [each.text if each.role is ChatRole.ASSISTANT else check_text(each.text) for each in messages]
         guard = Guard(self._vocabulary, "".join(texts))
         guarded = [each.copy_with(text=guard.marked(text)) for each, text in zip(messages, texts, strict=True)]
-        prompt = self._pipeline(guarded, functions)
+        prompt = check_ended(self._pipeline(guarded, functions))
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
             return self._template.encode_records(guard.unmarked(prompt), tool_schemas(functions) or None)
         return encode_prompt(prompt, self._vocabulary, guard)

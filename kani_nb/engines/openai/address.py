@@ -27,6 +27,12 @@ VLLM_BASE = "http://127.0.0.1:8000/v1"
 DEFAULT_MODEL = "gpt-4o-mini"
 
 _FORMS = "openai:MODEL, openai:MODEL@http://host:8000/v1, vllm:http://host:8000/v1 or http://host:8000/v1#MODEL"
+#: An address without its scheme, or something else with a colon or a slash in it.
+_BARE_ADDRESS = re.compile(
+    r"(?P<host>(?P<known>localhost|\d{1,3}(?:\.\d{1,3}){3}|\[[0-9a-f:]+\])|[a-z0-9][\w-]*(?:\.[a-z0-9][\w-]*)*)"
+    r"(?P<port>:\d{2,5})?(?P<path>(?:/[^?#\s]*)?)(?P<rest>(?:[?#]\S*)?)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,14 @@ def read_address(text: str) -> ServerAddress:
         return ServerAddress(base, model or of_address, kind == "vllm")
     if not kind or "://" in named:
         raise ConfigError(f"{ServiceAddress(named).shown!r} names no server", fix=_FORMS)
+    name, at, host = named.rpartition("@")
+    if (meant := with_scheme(host)) is not None:
+        named_first = "" if ":" in name else name + at  # which could be a person's name, and a password
+        raise ConfigError(
+            f"{host!r} looks like a server's address",
+            why="http:// is missing before it",
+            fix=f"did you mean {kind}:{named_first}{meant}?",
+        )
     base = VLLM_BASE if kind == "vllm" else default_base()
     return ServerAddress(base, named or None, kind == "vllm")
 
@@ -83,6 +97,24 @@ def split_address(url: str) -> tuple[str, str | None]:
         path = path.removesuffix(ending)
     base = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path or "/v1", kept, ""))
     return base, model or None
+
+
+def with_scheme(text: str) -> str | None:
+    """The address that `text` is without its `http://`, as `localhost:8000` and `10.0.0.7:8000/v1`; None for others.
+
+    A host that is no number and not this machine needs a port of four digits or a usual one: `org/model` and
+    `mistral:7` are none.
+    """
+    found = _BARE_ADDRESS.fullmatch(text.strip())
+    if found is None or not (found["known"] or len(port := found["port"] or "") > 4 or port in (":80", ":443")):
+        return None
+    path = found["path"] if found["path"].strip("/") else "/v1"
+    return f"http://{found['host']}{found['port'] or ''}{path}{found['rest']}"
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is a server's address, with its scheme or without."""
+    return _is_url(text.strip()) or with_scheme(text) is not None
 
 
 def holds_credentials(text: str) -> bool:

@@ -32,12 +32,27 @@ class ServerHabits:
         max_tokens_name: what it calls the limit of an answer.
         takes_stream_options: whether it can be asked for the usage of a stream.
         context: tokens that it can read, where only a refusal told it.
+        gives_usage: whether its latest answer had its number of tokens; None before one.
     """
 
     kind: ServerKind
     max_tokens_name: str = "max_tokens"
     takes_stream_options: bool = True
     context: int | None = None
+    gives_usage: bool | None = None
+
+    @property
+    def sends_single_tokens(self) -> bool:
+        """Whether each piece of its stream is a token, but for characters that take several."""
+        return self.kind in (ServerKind.LLAMACPP, ServerKind.LLAMACPP_PYTHON)
+
+    @property
+    def tokens_from(self) -> str:
+        """Who counts the tokens of an answer, in words."""
+        told, pieces = "the server's usage", "the pieces of the stream (a character of several tokens counts once)"
+        if not self.sends_single_tokens:
+            return "nobody: the server gives no usage" if self.gives_usage is False else told
+        return {None: f"{told}, or {pieces}", True: told, False: pieces}[self.gives_usage]
 
     def body(
         self,
@@ -95,7 +110,15 @@ async def ask(
         what = "stopped in the middle of its answer" if answer.has_begun else "sent no answer"
         failure = GenerationError(f"{client.address} {what}", why="its stream ended too early", fix="ask again")
     if failure is not None:
+        if _is_cut_short(failure, answer) and await client.has_gone():
+            failure.why = "the server has gone: nothing answers there any more"
+            failure.fix = client.start_hint
         raise failure
+
+
+def _is_cut_short(failure: EngineError | PromptTooLongError, answer: AnswerBuilder) -> bool:
+    broke_off = isinstance(failure, ServerError) and failure.code == BROKEN_OFF
+    return broke_off or (isinstance(failure, GenerationError) and not answer.is_whole)
 
 
 def _ask_otherwise(

@@ -12,12 +12,13 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from kani_nb.config import EngineConfig, check_limits
 from kani_nb.engines.base import BaseEngine, LoadProgress, PrefillProgress, ProgressCallback, StreamEvent
 from kani_nb.engines.kinds import Ability, EngineKind
-from kani_nb.engines.openai.address import default_base, holds_credentials, read_address, split_address
+from kani_nb.engines.openai.address import default_base, holds_credentials, is_address, read_address, split_address
 from kani_nb.engines.openai.asking import ServerHabits, ask
 from kani_nb.engines.openai.client import OpenAIClient
 from kani_nb.engines.openai.counting import TokenCounter
@@ -31,6 +32,8 @@ from kani_nb.functions import tool_schemas
 from kani_nb.generation_params import GenerationParams
 from kani_nb.messages import ChatMessage
 
+#: What other libraries call `api_base`.
+_OTHERS_NAMES = ("base_url", "openai_api_base", "url", "endpoint")
 #: What a `%load_engine` line can say that a server decides by itself.
 _NOT_OURS = {each.name for each in fields(EngineConfig)} - {"model", "max_context_size", "generation", "local_only"}
 
@@ -57,7 +60,8 @@ class OpenAIEngine(BaseEngine):
             API (`tool_choice`, `response_format`, `presence_penalty`, `extra_body` ...).
 
     Raises:
-        ConfigError: an unknown parameter, a value outside its range, or an address that is none.
+        ConfigError: an unknown parameter, a value outside its range, an address that is none, or one that stands
+            where the key or the model's name belongs.
     """
 
     kind = EngineKind(
@@ -95,6 +99,7 @@ class OpenAIEngine(BaseEngine):
         **hyperparams: Any,
     ) -> None:
         check_limits(max_context_size=max_context_size, threads=None, cache_gib=None)
+        _check_places(api_key, model, hyperparams)
         if client is not None and not isinstance(client, OpenAIClient):
             raise ConfigError(
                 f"client is a {type(client).__name__}",
@@ -196,6 +201,7 @@ class OpenAIEngine(BaseEngine):
             "context_tokens": self.max_context_size,
             "context_from": source,
             "counted_by": self._counter.counted_by,
+            "tokens_from": self._habits.tokens_from,
             "max_new_tokens": self.generation.max_new_tokens,
             **({"notes": "; ".join(self._facts.notes)} if self._facts.notes else {}),
         }
@@ -304,11 +310,12 @@ class OpenAIEngine(BaseEngine):
         if facts.knows_context or habits.context:  # some servers refuse what does not fit, instead of ending there
             params = replace(params, max_new_tokens=min(params.max_new_tokens, context - prompt_tokens))
         body = habits.body(facts.model, chat, tools, params, passed)
-        answer = AnswerBuilder(params.max_new_tokens, self.client.error_in)
+        answer = AnswerBuilder(params.max_new_tokens, self.client.error_in, habits.sends_single_tokens)
         async with aclosing(self._in_turn(body, answer, habits, prompt_tokens)) as events:
             async for event in events:
                 yield event
         completion = answer.completion(seed=params.seed)
+        habits.gives_usage = answer.tokens("completion_tokens") is not None
         if completion.prompt_tokens:
             counter.learn(chat, tools, completion.prompt_tokens)
         yield completion
@@ -346,3 +353,39 @@ class OpenAIEngine(BaseEngine):
             )
         if failure is not None:
             raise failure
+
+
+def _check_places(api_key: str | None, model: str | None, hyperparams: Mapping[str, Any]) -> None:
+    """Refuse what stands in another's place, before the model is looked for at OpenAI, or a file's name sent as a key.
+
+    Raises:
+        ConfigError: a model or a key that is an address, a key that is a file, or another name for `api_base`.
+    """
+    example = "OpenAIEngine(api_base='http://127.0.0.1:8000/v1')"
+    for name in _OTHERS_NAMES:
+        if name in hyperparams:
+            raise ConfigError(f"OpenAIEngine has no parameter {name!r}", fix=f"did you mean api_base? {example}")
+    if model is not None and is_address(model):
+        shown = model.rpartition("@")[2].partition("?")[0]  # without a password, and keys
+        raise ConfigError(
+            f"the model's name is {shown!r}",
+            why="that is a server's address",
+            fix=f"give it as api_base={shown!r}, and the model's name as model=, where the server has several",
+        )
+    if api_key is None:
+        return
+    if is_address(api_key):
+        raise ConfigError("the api_key is a server's address", fix=f"give it as api_base: {example}")
+    if api_key.lower().endswith(".gguf") or _is_file(api_key):
+        raise ConfigError(
+            "the api_key is the name of a file",
+            why="the first argument is the key that is sent to the server",
+            fix=f"{example} for a server that runs; LlamaCppEngine(FILE) runs a .gguf file here",
+        )
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or no text for one
+        return False

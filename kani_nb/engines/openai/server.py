@@ -85,23 +85,14 @@ async def find_out(
     """
     if is_openai(client.SERVICE_BASE):
         return await _openai(client, model, max_context_size)
-    notes: list[str] = []
-    try:
-        records = await client.models(retry=min(1, client.retry))
-    except (AccessRefusedError, ServerDownError, ServerTimeoutError):
-        raise
-    except ServerError as error:
-        # Some servers have no list, or fail to make it; any that answers in JSON may still have the model.
-        if model is None or error.status not in (404, 405, 500, 501):
-            raise
-        records = []
-        notes.append(f"the server does not list its models ({error.status}): {model} was not looked for")
+    records, notes = await _listed(client, model)
     kind = _kind(records, is_vllm=is_vllm)
     chosen = model or _only_model(records, client)
-    record = next((each for each in records if each["id"] == chosen), None)
+    record = next((each for each in records if _is_named(each["id"], chosen)), None)
     if record is None and records:
-        if kind in (ServerKind.VLLM, ServerKind.OLLAMA):
+        if not _is_folder(chosen):
             raise await client.unknown_model(chosen, [each["id"] for each in records])
+        # `transformers serve FOLDER` lists its cache, and not the folder.
         notes.append(f"the server does not list {chosen}: its first answer will show whether it has it")
     context = _context_in(record) if kind is not ServerKind.LLAMACPP else await _llamacpp_context(client)
     size, source = max_context_size, "given"
@@ -121,16 +112,44 @@ async def _openai(client: OpenAIClient, model: str | None, max_context_size: int
             fix="set OPENAI_API_KEY in the environment before the kernel starts; a server of your own is named by its "
             "address: vllm:http://host:8000/v1",
         )
-    listed = [each["id"] for each in await client.models(retry=min(1, client.retry))]
-    if chosen not in listed:
+    records, notes = await _listed(client, chosen)
+    listed = [each["id"] for each in records]
+    if chosen not in listed and not notes:
         raise await client.unknown_model(chosen, listed)
     if max_context_size is not None:
-        return ServerFacts(ServerKind.OPENAI, chosen, max_context_size, "given")
+        return ServerFacts(ServerKind.OPENAI, chosen, max_context_size, "given", tuple(notes))
     known = next((size for start, size in _OPENAI_CONTEXTS.items() if chosen.startswith(start)), None)
     if known is not None:
-        return ServerFacts(ServerKind.OPENAI, chosen, known, "known of the model")
+        return ServerFacts(ServerKind.OPENAI, chosen, known, "known of the model", tuple(notes))
     note = f"how much {chosen} can read is not known here: 128,000 tokens are assumed (--max-context-size)"
-    return ServerFacts(ServerKind.OPENAI, chosen, 128_000, "assumed", (note,))
+    return ServerFacts(ServerKind.OPENAI, chosen, 128_000, "assumed", (*notes, note))
+
+
+async def _listed(client: OpenAIClient, model: str | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """What the server lists, and what to note where it has no list, or fails to make it, and a model was named."""
+    failure: ServerError
+    try:
+        return await client.models(retry=min(1, client.retry)), []
+    except (AccessRefusedError, ServerDownError, ServerTimeoutError):
+        raise
+    except ServerError as error:
+        failure = error
+    # Any that answers so may still have the model.
+    has_no_list = failure.status in (404, 405) or (failure.status or 0) >= 500
+    if model is not None and has_no_list:
+        return [], [f"the server does not list its models ({failure.status}): {model} was not looked for"]
+    if has_no_list and failure.status != 404:  # a wrong address is likelier there
+        failure.fix = f"it may answer all the same: name the model, {client.address}#MODEL; {failure.fix}".rstrip("; ")
+    raise failure
+
+
+def _is_named(listed: str, name: str) -> bool:
+    """Whether a server means the model it lists as `listed` when it is asked for `name`."""
+    return listed in (name, f"{name}:latest", f"{name}@main") or f"{listed}@main" == name
+
+
+def _is_folder(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name[1:3] in (":\\", ":/")
 
 
 def _kind(records: Sequence[Mapping[str, Any]], *, is_vllm: bool) -> ServerKind:

@@ -54,6 +54,7 @@ class AnswerBuilder:
     Args:
         max_tokens: what the server was told to keep to.
         error_words: what an error that came as JSON says, without secrets.
+        counts_pieces: whether each piece of text is a token, and counts as one where the server gives no usage.
 
     Attributes:
         has_begun: whether a chunk was read.
@@ -63,6 +64,7 @@ class AnswerBuilder:
 
     max_tokens: int
     error_words: Callable[[Any], str]
+    counts_pieces: bool = False
     has_begun: bool = False
     is_whole: bool = False
     usage: Mapping[str, Any] | None = None
@@ -74,6 +76,7 @@ class AnswerBuilder:
     _reason: FinishReason | None = None
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     _chunks: int = 0
+    _pieces: int = 0
     _bytes: int = 0
 
     def read(self, event: ServerEvent) -> list[StreamEvent]:
@@ -114,21 +117,23 @@ class AnswerBuilder:
             return []
         self._read_logprobs(choice.get("logprobs"))
         events: list[StreamEvent] = []
+        self.is_whole |= "message" in choice  # no piece: the whole answer at once
+        self.counts_pieces &= not self.is_whole
         reasoning = self._whole("reasoning", delta.get("reasoning_content") or delta.get("reasoning"))
         if reasoning:
             self._reasoning.append(reasoning)
             events.append(ReasoningDelta(reasoning))
         text = self._whole("text", delta.get("content") or delta.get("refusal"))
+        self._pieces += bool(reasoning or text)
         if text:
             self._text.append(text)
-            events.append(TextDelta(text, self.tokens("completion_tokens")))
+            events.append(TextDelta(text, self.completion_tokens))
         calls = delta.get("tool_calls")
         if legacy := delta.get("function_call"):
             calls = [{"index": 0, "function": legacy}]
         for number, call in enumerate(calls if isinstance(calls, list) else ()):
             if isinstance(call, dict):
                 events.append(self._read_call(call, number))
-        self.is_whole |= "message" in choice  # no piece: the whole answer at once
         if (reason := choice.get("finish_reason")) is not None:
             self.is_whole = True
             self._reason = _REASONS.get(str(reason), FinishReason.STOP)
@@ -196,6 +201,14 @@ class AnswerBuilder:
         value = (self.usage or {}).get(name)
         return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
+    @property
+    def completion_tokens(self) -> int | None:
+        """Tokens of the answer so far: by the server's usage, else by its pieces where those are tokens."""
+        if (told := self.tokens("completion_tokens")) is not None:
+            return told
+        # Of calls it is not known how many tokens a piece has.
+        return self._pieces if self.counts_pieces and self._pieces and not self._calls else None
+
     def completion(self, *, seed: int | None = None) -> Completion:
         """The whole answer, or as much as there is."""
         text = "".join(self._text)
@@ -216,7 +229,7 @@ class AnswerBuilder:
         return Completion(
             ChatMessage.assistant(content, tool_calls=calls or None),
             self.tokens("prompt_tokens"),
-            self.tokens("completion_tokens"),
+            self.completion_tokens,
             cached_tokens=cached if isinstance(cached, int) else None,
             finish_reason=reason,
             seed=seed,

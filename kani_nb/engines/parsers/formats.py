@@ -20,7 +20,7 @@ CallParser = Callable[[str], list[FunctionCall]]
 
 _DECODER = json.JSONDecoder()
 _NAME = re.compile(r'"name"\s*:\s*"([^"\\]+)"')
-_TAGGED = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
+_TAGGED = re.compile(r"<function=([^>\s]+)>(.*?)(</function>|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _MISTRAL = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\]\s*")
 
@@ -92,13 +92,8 @@ def read_tagged_calls(text: str) -> list[FunctionCall]:
 
     What looks like JSON instead is read by `read_json_calls`.
     """
-    tagged = [(match[1], match[2]) for match in _TAGGED.finditer(text)]
-    if not tagged:
-        return read_json_calls(text)
-    return [
-        FunctionCall(name, json.dumps({key: _value(raw) for key, raw in _PARAMETER.findall(body)}, ensure_ascii=False))
-        for name, body in tagged
-    ]
+    tagged = list(_TAGGED.finditer(text))
+    return [_tagged_call(*match.groups()) for match in tagged] if tagged else read_json_calls(text)
 
 
 def read_mistral_calls(text: str) -> list[FunctionCall]:
@@ -109,7 +104,7 @@ def read_mistral_calls(text: str) -> list[FunctionCall]:
     while (match := _MISTRAL.match(pieces, at)) is not None:
         try:
             value, at = _DECODER.raw_decode(pieces, match.end())
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return [*calls, FunctionCall(match[1], pieces[match.end() :].strip())]
         calls.append(FunctionCall(match[1], json.dumps(value, ensure_ascii=False)))
     return calls or read_json_calls(pieces)
@@ -144,6 +139,15 @@ def format_of(template: str | None, *, has_tools: bool, reasons: bool = False) -
     return AnswerFormat(reasoning, shown or _CALLS, is_bare)
 
 
+def _tagged_call(name: str, body: str, end: str) -> FunctionCall:
+    """One call; of one that was cut off the arguments stay as they are, which no function takes for its own."""
+    if not end:
+        return FunctionCall(name, body.strip() or "<cut off>")
+    return FunctionCall(
+        name, json.dumps({key: _value(raw) for key, raw in _PARAMETER.findall(body)}, ensure_ascii=False)
+    )
+
+
 def _call(value: Any) -> FunctionCall | None:
     if not isinstance(value, dict):
         return None
@@ -168,7 +172,7 @@ def _json_values(text: str) -> Iterator[tuple[Any, str]]:
             return
         try:
             value, end = _DECODER.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             yield None, text[at:]
             return
         yield value, text[at:end]
@@ -185,5 +189,5 @@ def _value(raw: str) -> Any:
     """A parameter's value: JSON if it is JSON, else the text. Whether it fits is seen when it is validated."""
     try:
         return json.loads(raw)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return raw

@@ -54,6 +54,7 @@ class AnswerReader:
         self._reasoning_open: Markers | None = self._open_in(prompt_end)
         self._call_open: CallFormat | None = None
         self._is_bare = False
+        self._has_reasoned = False
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[FunctionCall] = []
@@ -113,8 +114,11 @@ class AnswerReader:
         return self._in_text(events, is_end=is_end)
 
     def _in_text(self, events: list[StreamEvent], *, is_end: bool) -> bool:
-        openers: list[tuple[str, Markers | CallFormat]] = [(each.start, each) for each in self._format.reasoning]
-        openers += [(each.markers.start, each) for each in self._format.calls]
+        openers: list[tuple[str, Markers | CallFormat]] = [(each.markers.start, each) for each in self._format.calls]
+        # Reasoning comes before the answer: in its midst a marker is something that the answer speaks of.
+        begins = len(self._held) - len(self._held.lstrip())
+        thoughts = [] if self._text else [each for each in self._format.reasoning if self._could_begin(each, begins)]
+        openers += [(each.start, each) for each in thoughts]
         found = [(at, start, what) for start, what in openers if (at := self._held.find(start)) >= 0]
         if not found:
             keep = 0 if is_end else max((_overlap(self._held, start) for start, _ in openers), default=0)
@@ -129,6 +133,11 @@ class AnswerReader:
             self._reasoning_open = what
         return True
 
+    def _could_begin(self, markers: Markers, at: int) -> bool:
+        """Whether what is held has this opening at its very beginning, or might have."""
+        begun = self._held[at:]
+        return begun.startswith(markers.start) or markers.start.startswith(begun)
+
     def _in_reasoning(self, markers: Markers, events: list[StreamEvent], *, is_end: bool) -> bool:
         at = self._held.find(markers.end)
         keep = 0 if is_end else _overlap(self._held, markers.end)
@@ -142,6 +151,7 @@ class AnswerReader:
             return False
         self._take(len(markers.end))
         self._reasoning_open = None
+        self._has_reasoned = True
         return True
 
     def _in_call(self, call: CallFormat, events: list[StreamEvent], *, is_end: bool) -> bool:
@@ -187,7 +197,7 @@ class AnswerReader:
 
     def _say(self, events: list[StreamEvent], text: str) -> None:
         text = self._spaces + text
-        if not self._text and (self._reasoning or self._calls):
+        if not self._text and (self._has_reasoned or self._calls):
             text = text.lstrip()
         body = text.rstrip()
         self._spaces = text[len(body) :]

@@ -126,3 +126,20 @@ class ConversationDict(PipelineStep):
 def text_or_none(message: ChatMessage) -> str | None:
     """The message's text; None where it has no content at all, as APIs want it of a bare tool call."""
     return None if message.content is None else message.text
+
+
+def check_ended(made: Any) -> Any:
+    """What a pipeline made, if it is a prompt and not messages still.
+
+    Raises:
+        PromptError: no step of the pipeline ends it.
+    """
+    if isinstance(made, ChatMessage) or (
+        isinstance(made, list) and any(isinstance(each, ChatMessage) for each in made)
+    ):
+        raise PromptError(
+            "the prompt pipeline gives messages, and no prompt",
+            why="none of its steps ends it",
+            fix="end it with .conversation_fmt(...) or .conversation_dict()",
+        )
+    return made

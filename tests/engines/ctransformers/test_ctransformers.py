@@ -273,6 +273,17 @@ async def test_a_missing_package_is_named_with_its_successor(tmp_path, monkeypat
         await engine.load()
 
 
+async def test_what_needs_no_memory_is_checked_without_a_process(tmp_path, monkeypatch):
+    with pytest.raises(ModelFilesError, match="no GGML file"):
+        await plain(__file__).prepare()
+    engine = plain(write_ggml(tmp_path / "tiny.bin", "gpt2"))
+    await engine.prepare()
+    assert not engine.is_loaded
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="LlamaCppEngine"):
+        await engine.prepare()
+
+
 def test_it_warns_once_and_names_its_successor():
     _warn_once.cache_clear()
     with pytest.warns(FutureWarning, match="LlamaCppEngine"):

@@ -13,9 +13,11 @@ from typing import ClassVar
 import pytest
 
 from kani_nb import ChatMessage, EngineConfig
+from kani_nb._runtime import Runtime
 from kani_nb.engines.base import prompt_len
 from kani_nb.engines.kani_adapter import KaniEngine
-from kani_nb.errors import ConfigError, EngineError, GenerationError, MissingDependencyError
+from kani_nb.engines.kani_adapter.params import Asked, family_of
+from kani_nb.errors import ConfigError, EngineError, GenerationError, MissingDependencyError, UnknownModelError
 from kani_nb.testing import EngineContract
 
 kani = pytest.importorskip("kani", reason="these are engines of the kani package: pip install 'kani>=1.10'")
@@ -197,6 +199,10 @@ async def test_an_engine_is_found_by_its_class(prefix):
         (f"{__name__}:Nothing:x", ConfigError, "no engine of kani called 'Nothing'"),
         (f"{__name__}:ChatMessage:x", ConfigError, "no engine of kani called 'ChatMessage'"),
         ("no_such.module:Class:x", MissingDependencyError, "no_such"),
+        ("huggingface:smollm2", ConfigError, r"alias of kani_nb(.|\n)*%load_engine smollm2"),
+        ("hf:./no/such/folder", UnknownModelError, "there is no folder ./no/such/folder"),
+        ("hf:~/no-such-folder", UnknownModelError, "there is no folder"),
+        (f"hf:{__file__}", UnknownModelError, "it is a file"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_told(model, error, words):
@@ -213,9 +219,62 @@ async def test_a_provider_whose_package_is_not_installed_is_told_with_the_line_t
     if importlib.util.find_spec("anthropic") is not None:
         pytest.skip("the package is installed here")
     engine = KaniEngine.from_config(EngineConfig("kani:anthropic:claude-sonnet-4-0"))
-    with pytest.raises(MissingDependencyError, match=r"pip install 'kani\[anthropic\]'"):
-        await engine.load()
+    for ask in (engine.prepare, engine.load):
+        with pytest.raises(MissingDependencyError, match=r"pip install 'kani\[anthropic\]'"):
+            await ask()
     await engine.close()
+    other = KaniEngine.from_config(EngineConfig("kani:claude:claude-sonnet-4-0"))
+    with pytest.raises(MissingDependencyError, match=r"pip install 'kani\[anthropic\]'"):
+        await other.prepare()
+    await other.close()
+
+
+def test_nothing_is_freed_for_a_provider_that_cannot_be_had(tmp_path):
+    if importlib.util.find_spec("anthropic") is not None:
+        pytest.skip("the package is installed here")
+    rt = Runtime(tmp_path / "c.db")
+    first = rt.load_sync(EngineConfig("echo"))
+    with pytest.raises(MissingDependencyError) as caught:
+        rt.load_sync(EngineConfig("kani:anthropic:claude-sonnet-4-0"))
+    assert "freed" not in str(caught.value)
+    assert rt.engine is first.engine
+    rt.close()
+
+
+class Keyless(Repeating):
+    """Of a service, and cannot be made."""
+
+    def __init__(self, model):
+        raise ValueError("no key")
+
+
+async def test_an_engine_of_a_service_is_made_before_anything_is_freed_and_another_is_not(monkeypatch):
+    monkeypatch.setattr(Keyless, "__module__", "kani.engines.openai.engine")
+    service = KaniEngine.from_config(EngineConfig(f"kani:{__name__}:Keyless:x"))
+    with pytest.raises(EngineError, match="no key"):
+        await service.prepare()
+    await service.close()
+    local = KaniEngine.from_config(EngineConfig(f"kani:{__name__}:Named:x"))
+    await local.prepare()
+    assert not local.is_loaded
+    await local.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"logprobs": 3}, r"HuggingEngine has no logprobs(.|\n)*%load_engine MODEL"),
+        ({"json_schema": '{"type": "object"}'}, r"HuggingEngine has no json_schema(.|\n)*llamacpp"),
+    ],
+)
+def test_what_only_our_engines_can_is_never_passed_to_kanis_hugging_engine(given, words):
+    class HuggingEngine(Repeating):
+        pass
+
+    HuggingEngine.__module__ = "kani.engines.huggingface"
+    engine = HuggingEngine()
+    with pytest.raises(ConfigError, match=words):
+        Asked.of(given, None).hyperparams(engine, family_of(engine), 100)
 
 
 async def test_an_engine_that_cannot_be_made_is_told():

@@ -291,6 +291,8 @@ async def test_it_is_an_engine_of_kani_that_closes_ours():
 def test_what_is_no_engine_or_not_ready_is_refused():
     with pytest.raises(ConfigError, match="str is no engine of kani_nb"):
         as_kani_engine("echo")
+    with pytest.raises(ConfigError, match=r"as_kani_engine\(kani_nb\.HuggingEngine\('smollm2'\)\)"):
+        as_kani_engine("smollm2")
     with pytest.raises(ConfigError, match=r"does not know its context yet.*\n.*load\(\)"):
         as_kani_engine(Letters(0))
 

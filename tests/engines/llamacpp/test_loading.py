@@ -49,6 +49,19 @@ def test_either_a_repository_or_a_path_is_named(named):
         LlamaCppEngine(**named)
 
 
+@pytest.mark.parametrize("named", ["tiny.gguf", "./tiny.gguf", "sub/tiny.gguf"])
+async def test_a_single_name_may_be_a_file(llama_gguf, tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / named).parent.mkdir(exist_ok=True)
+    (tmp_path / named).symlink_to(llama_gguf)
+    engine = LlamaCppEngine(named)
+    await engine.prepare()
+    assert f"file {tmp_path}" in engine.origin
+    await engine.close()
+    assert repr(LlamaCppEngine("org/model:Q4_0")) == "LlamaCppEngine('org/model:Q4_0', not loaded)"
+    assert repr(LlamaCppEngine("smollm2")) == "LlamaCppEngine('smollm2', not loaded)"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -136,6 +149,7 @@ async def test_a_truncated_file_is_refused_before_llama_cpp_sees_it(llama_gguf, 
     error = await refusal(LlamaCppEngine(model_path=tmp_path / "cut.gguf"))
     assert isinstance(error, ModelFilesError)
     assert "not a whole GGUF file" in str(error)
+    assert "the file has" in str(error)
 
 
 @pytest.mark.parametrize(

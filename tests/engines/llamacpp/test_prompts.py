@@ -201,3 +201,11 @@ def test_a_subclass_may_build_the_prompt_as_text_or_ids(llama_gguf):
 def test_messages_that_no_prompt_can_hold_are_refused(llama_gguf, messages):
     with pytest.raises(PromptError):
         LlamaCppEngine(model_path=llama_gguf).prompt_len(messages)
+
+
+def test_a_pipeline_that_ends_nowhere_is_told_how_to_end(llama_gguf):
+    engine = LlamaCppEngine(model_path=llama_gguf, prompt_pipeline=PromptPipeline().merge_consecutive(role="user"))
+    with pytest.raises(
+        PromptError, match=r"gives messages(.|\n)*conversation_fmt\(\.\.\.\) or \.conversation_dict\(\)"
+    ):
+        engine.prompt_len([ChatMessage.user("hello")])

@@ -108,7 +108,28 @@ async def test_an_answer_that_breaks_off_is_an_error_and_what_came_has_come(engi
             seen.append(event)
     assert seen == ["hel"]
     assert len(server.asked()) == 1
+    assert await engine.client.has_gone() is False
     assert (await engine.predict(ASK)).message.text == "hello my dear world"
+
+
+@pytest.mark.parametrize("how", ["reset", "closed", "end"])
+async def test_one_that_was_killed_in_the_middle_is_said_to_have_gone(how):
+    with StandIn() as server:
+
+        def dies(exchange):
+            breaks('data: {"choices": [{"delta": {"content": "hel"}}]}\n\n', how="")(exchange)
+            exchange.server.shutdown()
+            exchange.server.server_close()
+            if how != "closed":
+                getattr(exchange, how)()
+
+        server.plan(dies)
+        engine = OpenAIEngine(api_base=server.base)
+        error = await fails(engine, EngineError, "in the middle of its answer")
+        assert "the server has gone" in error.why
+        assert "ask again" not in error.fix
+        assert f"--port {server.port}" in error.fix
+        await engine.close()
 
 
 @pytest.mark.parametrize("how", ["reset", "closed", "end"])

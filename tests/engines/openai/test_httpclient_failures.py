@@ -38,6 +38,14 @@ async def test_where_nothing_listens_is_said_with_the_address(make):
     await client.close()
 
 
+async def test_https_where_only_http_is_spoken_is_said_with_the_right_address(make, server):
+    client = make(f"https://127.0.0.1:{server.port}/v1")
+    with pytest.raises(ServerDownError, match="nothing speaks https") as caught:
+        await client.get("/x")
+    assert caught.value.fix == f"did you mean http://127.0.0.1:{server.port}/v1?"
+    await client.close()
+
+
 async def test_a_silent_server_is_left(make, server):
     import threading
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 import httpx
 import pytest
 
+from kani_nb.engines.base import TextDelta
 from kani_nb.engines.openai import OpenAIEngine
 from kani_nb.errors import PromptTooLongError, UnknownModelError
 from kani_nb.messages import ChatMessage
@@ -139,6 +140,21 @@ class TestLlamaCppServer(EngineContract):
             texts = ("the quick brown fox", "the quick brown fox jumps over the lazy dog")
             short, long = [await engine.prompt_len(self.make_messages(text)) for text in texts]
             assert 0 < short < long < 60
+
+        self._with_engine(check)
+
+    def test_its_pieces_are_counted_as_tokens(self):
+        """It gives no usage in a stream; asked without one, it counts at least as many."""
+
+        async def check(engine):
+            messages, params = self.make_messages(), {"do_sample": False, "max_new_tokens": 12}
+            events = [event async for event in engine.stream(messages, **params)]
+            counts, whole = [each.tokens for each in events if isinstance(each, TextDelta)], events[-1]
+            assert counts == list(range(1, len(counts) + 1))
+            assert (whole.prompt_tokens, whole.completion_tokens) == (None, counts[-1])
+            assert engine.details()["tokens_from"].startswith("the pieces of the stream")
+            record = await engine.client.create_chat_completion("tiny", messages, temperature=0, max_tokens=12)
+            assert counts[-1] <= record["usage"]["completion_tokens"] <= 12
 
         self._with_engine(check)
 

@@ -116,6 +116,27 @@ def test_a_call_with_broken_json_is_a_call_that_the_model_can_be_told_about():
         _ = message.tool_calls[0].function.kwargs
 
 
+def test_a_call_that_was_cut_off_is_none_that_a_function_takes():
+    """Its missing arguments would be defaults: nothing may run with them."""
+    for cut in ("<function=rm><parameter=path>/data</parameter><parameter=dry_run>tr", "<function=rm>"):
+        message, _ = read(QWEN_TAGS, f"<tool_call>{cut}", tools=("rm",))
+        assert message.tool_calls[0].function.name == "rm"
+        with pytest.raises(json.JSONDecodeError):
+            _ = message.tool_calls[0].function.kwargs
+
+
+def test_a_marker_of_reasoning_in_the_midst_of_an_answer_is_text():
+    written = "Write `<think>` before your thoughts and </think> after them."
+    for pieces in (None, list(written)):
+        message, _ = read(HERMES, written, pieces=pieces, tools=())
+        assert (message.text, message.reasoning) == (written, "")
+
+
+def test_after_an_empty_reasoning_the_answer_begins_without_blank_lines():
+    message, _ = read(HERMES, "<think>\n\n</think>\n\nHello", tools=())
+    assert (message.text, message.reasoning) == ("Hello", "")
+
+
 def test_without_tools_markers_of_calls_are_text():
     written = 'Say <tool_call>{"name": "weather"}</tool_call>.'
     message, _ = read(HERMES, written, tools=())
