@@ -303,6 +303,7 @@ class Round:
         prompt_tokens = completion.prompt_tokens if completion else None
         if prompt_tokens is None:
             prompt_tokens = prefill.total_tokens if prefill else self._prompt_tokens
+        is_told = completion is not None and completion.prompt_tokens is not None
         cached_tokens = completion.cached_tokens if completion else None
         # An engine that holds no memory has no cache either, and nothing to say of it.
         if cached_tokens is None and prefill and self._memory is not None:
@@ -325,6 +326,7 @@ class Round:
             duration_s=max(0.0, ended - asked - self._queued_s),
             queued_s=self._queued_s,
             prompt_tokens=prompt_tokens,
+            is_estimated=not is_told and not self.request.engine.counts_exactly,
             cached_tokens=cached_tokens,
             completion_tokens=generated,
             peak_bytes=self._peak[0],

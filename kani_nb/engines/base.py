@@ -221,6 +221,8 @@ class BaseEngine(ABC):  # noqa: B024 - which of stream and predict is defined is
     max_context_size: int = 0
     #: What the engine is for, for people who choose one; None says nothing.
     kind: ClassVar[EngineKind | None] = None
+    #: Whether `prompt_len` is exact, and not an estimate.
+    counts_exactly: bool = True
     #: Whether an answer can be held to a JSON schema (`json_schema`); else it is asked for in words, and checked.
     holds_to_schemas: bool = False
     #: kani's name for what a call gets when the functions' budget is used up.

@@ -24,6 +24,7 @@ class GenerationMetrics:
         duration_s: from the request to the end of the answer.
         queued_s: time spent waiting for the engine before that.
         prompt_tokens: tokens of the prompt, cached ones included.
+        is_estimated: `prompt_tokens` is an estimate, since the server does not say.
         cached_tokens: tokens of the prompt that were not computed again.
         completion_tokens: tokens generated, the end-of-sequence token included.
         peak_bytes: highest memory seen while generating; `peak_source` says of what.
@@ -45,6 +46,7 @@ class GenerationMetrics:
     duration_s: float = 0.0
     queued_s: float = 0.0
     prompt_tokens: int | None = None
+    is_estimated: bool = False
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     peak_bytes: int | None = None

@@ -41,7 +41,7 @@ def stat_line(metrics: GenerationMetrics) -> str:
         "" if metrics.ttft_s is None else f"first after {seconds(metrics.ttft_s)}",
         f"waited {seconds(metrics.queued_s)} for the engine" if metrics.queued_s >= _NOTICEABLE_S else "",
         _prompt(metrics),
-        context_use(metrics.context_tokens, metrics.max_context_size),
+        "" if metrics.is_estimated else context_use(metrics.context_tokens, metrics.max_context_size),
         peak_memory(metrics),
         placement(metrics),
         spilled(metrics),
@@ -74,7 +74,7 @@ def _prompt(metrics: GenerationMetrics) -> str:
     if metrics.prompt_tokens is None:
         return ""
     if metrics.cached_tokens is None:
-        return _counted(metrics.prompt_tokens, "prompt token")
+        return ("about " if metrics.is_estimated else "") + _counted(metrics.prompt_tokens, "prompt token")
     return f"{metrics.cached_tokens:,} of {_counted(metrics.prompt_tokens, 'prompt token')} cached"
 
 

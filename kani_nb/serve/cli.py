@@ -57,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
 
 _NO_SECRETS = (
     "a token does not belong on a command line: it stays in the shell's history, and other users can see it\n"
-    "→ set HF_TOKEN in the environment"
+    "→ set HF_TOKEN in the environment, or KANI_NB_API_KEY for a server of your own"
 )
 
 

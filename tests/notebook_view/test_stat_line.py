@@ -99,3 +99,12 @@ def test_metrics_that_were_stored_before_these_fields_are_still_read():
 def test_placement_survives_its_stored_form():
     metrics = GenerationMetrics(**FULL, placement={"cuda:0": 0.75, "cpu": 0.25}, spilled_bytes=7)
     assert GenerationMetrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
+
+
+def test_an_estimate_is_never_shown_as_a_count():
+    line = stat_line(
+        GenerationMetrics("m", prompt_tokens=19, is_estimated=True, context_tokens=30, max_context_size=100)
+    )
+    assert "about 19 prompt tokens" in line
+    assert "context" not in line
+    assert stat_line(GenerationMetrics("m", completion_tokens=5, steps=3)).startswith("5 tokens in 3 steps")

@@ -177,6 +177,11 @@ class OpenAIEngine(BaseEngine):
         return self._facts is not None and self._facts.kind in HOLDING_TO_SCHEMAS
 
     @property
+    def counts_exactly(self) -> bool:  # type: ignore[override]
+        """Whether prompts are counted by the server's own tokenizer and template."""
+        return self._counter is not None and self._counter.is_exact
+
+    @property
     def model(self) -> str | None:
         """The model's name at the server; None while it is not known."""
         return self._facts.model if self._facts is not None else self._named
