@@ -68,19 +68,21 @@ class AnswerFormat:
         return (*dict.fromkeys(text for pair in pairs for text in (pair.start, pair.end) if text), *inner)
 
 
-def read_json_calls(text: str) -> list[FunctionCall]:
+def read_json_calls(text: str, *, is_bare: bool = False) -> list[FunctionCall]:
     """Calls as JSON: an object with `name` and `arguments` (or `parameters`), a list of such, or several in a row.
 
     An object whose JSON is broken is a call with that text as its arguments, if its name can be made out, so that the
-    model can be told; no call is found in text that has none.
+    model can be told; no call is found in text that has none. Where nothing but the JSON says that it is a call
+    (`is_bare`), it must have arguments: else a person's name in an answer would be one.
     """
     calls = []
     for value, raw in _json_values(_unfenced(text)):
         found = value if isinstance(value, list) else [value]
         for each in found:
-            call = _call(each)
+            call = None if is_bare and not _has_arguments(each) else _call(each)
             if call is None and value is None and (named := _NAME.search(raw)) is not None:
-                call = FunctionCall(named[1], raw.strip())
+                says_so = not is_bare or '"arguments"' in raw or '"parameters"' in raw
+                call = FunctionCall(named[1], raw.strip()) if says_so else None
             if call is None:
                 return []
             calls.append(call)
@@ -146,6 +148,11 @@ def _tagged_call(name: str, body: str, end: str) -> FunctionCall:
     return FunctionCall(
         name, json.dumps({key: _value(raw) for key, raw in _PARAMETER.findall(body)}, ensure_ascii=False)
     )
+
+
+def _has_arguments(value: Any) -> bool:
+    record = value.get("function", value) if isinstance(value, dict) else value
+    return isinstance(record, dict) and ("arguments" in record or "parameters" in record)
 
 
 def _call(value: Any) -> FunctionCall | None:

@@ -182,8 +182,8 @@ class AnswerReader:
         if not is_end:
             return False
         held = self._take(len(self._held))
-        calls = [each for each in read_json_calls(held) if each.name in self._tools]
-        if calls:
+        calls = read_json_calls(held, is_bare=True)
+        if any(call.name in self._tools for call in calls):
             self._call(events, calls)
         else:
             self._say(events, held)

@@ -82,6 +82,14 @@ TWO = [*WEATHER, ("add", {"a": 1, "b": [2, {"c": "}"}]})]
         (NO_TOOLS, '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>', WEATHER, ""),
         # None of these is a call, and all of it stays text.
         (NO_TOOLS, '{"name": "Ada", "age": 36}', [], '{"name": "Ada", "age": 36}'),
+        (NO_TOOLS, '{"name": "add", "age": 36}', [], '{"name": "add", "age": 36}'),
+        (NO_TOOLS, '{"name": "add", "text": "cut', [], '{"name": "add", "text": "cut'),
+        (
+            NO_TOOLS,
+            '[{"name": "weather", "arguments": {"city": "Paris"}}, {"name": "other", "arguments": {}}]',
+            [*WEATHER, ("other", {})],
+            "",
+        ),
         (NO_TOOLS, '```python\nprint("{")\n```', [], '```python\nprint("{")\n```'),
         (HERMES, "<tool_call>nonsense</tool_call> and on", [], "<tool_call>nonsense</tool_call> and on"),
         (HERMES, 'cut <tool_call>{"na', [], 'cut <tool_call>{"na'),
