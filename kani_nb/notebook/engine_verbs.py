@@ -74,6 +74,7 @@ class EngineVerbs:
                 Verb("prefetch MODEL", "download a model without loading it", self._prefetch, parses=True),
             ],
             examples=["%engine plan qwen3-4b", "%engine use second", "%engine save ./smollm2-nf4"],
+            hint="%load_engine loads one, %unload_engine NAME frees one",
         )
 
     def _list(self, _rest: str) -> None:
