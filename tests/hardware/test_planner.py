@@ -332,6 +332,7 @@ def test_a_checkpoint_without_a_dtype_is_counted_by_the_size_of_its_files():
 
 def test_where_llama_cpp_is_installed_files_of_its_types_are_planned_and_never_recommended(monkeypatch):
     monkeypatch.setattr("kani_nb.hardware.planner.missing_packages", lambda scheme: ())
+    monkeypatch.setattr("kani_nb.hardware.precision.missing_packages", lambda scheme: "")
     plan = make_plan(published("llama-7B"), budgets=[cpu(30 * _GIB)])
     names = [row.settings.scheme for row in plan.rows]
     assert {"q4_k_m", "q8_0"} <= set(names)
