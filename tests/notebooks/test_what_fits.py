@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -64,6 +65,10 @@ def test_what_is_committed_is_what_its_cells_say_today(monkeypatch):
 
 
 @pytest.mark.notebooks
+@pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is not None,
+    reason="where llama.cpp is installed the tables have rows for GGUF files too; they were made without it",
+)
 def test_a_real_kernel_says_the_same(tmp_path):
     subprocess.run([sys.executable, __file__, tmp_path / "run.ipynb"], check=True, timeout=300)
     committed = said(NOTEBOOK)
