@@ -340,9 +340,10 @@ def _finish(recipe: WheelRecipe, built: Path, target: Path) -> None:
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip renames and removes while we look
-            total += path.stat().st_size if path.is_file() else 0
+    for root, _, names in os.walk(folder):  # pip renames and removes while we look: `rglob` would raise
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (Path(root) / name).stat().st_size
     return total
 
 

@@ -126,6 +126,27 @@ def check_folder(recipe: WheelRecipe, folder: Path) -> None:
     assert told == []
 
 
+def test_what_is_measured_may_vanish_meanwhile(tmp_path: Path) -> None:
+    """pip makes and removes folders while its progress is read; a look at one that goes failed the whole load."""
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            for number in range(20):
+                (tmp_path / f"pip-{number}" / "deep").mkdir(parents=True)
+            for number in range(20):
+                shutil.rmtree(tmp_path / f"pip-{number}")
+
+    (tmp_path / "kept").write_bytes(b"x" * 100)
+    coming = threading.Thread(target=come_and_go)
+    coming.start()
+    try:
+        assert {wheel_model._size(tmp_path) for _ in range(400)} == {100}
+    finally:
+        ended.set()
+        coming.join()
+
+
 @pytest.mark.slow
 def test_a_full_disk_in_the_middle_of_converting_leaves_nothing_half_written(recipe: WheelRecipe) -> None:
     limit = recipe.gguf_bytes + 100_000  # the wheel and the GGUF fit, the safetensors do not

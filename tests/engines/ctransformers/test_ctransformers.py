@@ -236,9 +236,14 @@ async def test_a_process_that_does_not_listen_is_ended_and_started_anew(engine):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 async def test_a_crash_is_an_error_that_names_the_signal_and_the_successor(engine):
     expected = (await engine.predict(FOX, **GREEDY)).message.text
+    process = engine.details()["process"]
+    os.kill(process, signal.SIGSTOP)  # so that it crashes before it has answered
+    asking = asyncio.ensure_future(engine.predict(FOX, **GREEDY))
+    await asyncio.sleep(0.05)
+    os.kill(process, signal.SIGSEGV)
+    os.kill(process, signal.SIGCONT)
     with pytest.raises(EngineError, match=r"signal 11 \(SIGSEGV\)") as raised:
-        async for _ in engine.stream(FOX, max_new_tokens=90, do_sample=False):
-            os.kill(engine.details()["process"], signal.SIGSEGV)
+        await asking
     assert "LlamaCppEngine" in str(raised.value)
     assert not engine.is_loaded
     assert (await engine.predict(FOX, **GREEDY)).message.text == expected

@@ -204,7 +204,7 @@ def test_messages_that_no_prompt_can_hold_are_refused(llama_gguf, messages):
 
 
 def test_a_pipeline_that_ends_nowhere_is_told_how_to_end(llama_gguf):
-    engine = LlamaCppEngine(model_path=llama_gguf, prompt_pipeline=PromptPipeline().merge_consecutive(role="user"))
+    engine = LlamaCppEngine(model_path=llama_gguf, prompt_pipeline=PromptPipeline().wrap(role="user", prefix="> "))
     with pytest.raises(
         PromptError, match=r"gives messages(.|\n)*conversation_fmt\(\.\.\.\) or \.conversation_dict\(\)"
     ):
