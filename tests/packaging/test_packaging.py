@@ -11,13 +11,22 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-#: Of what Google Colab preinstalls, what we or our dependencies need (August 2026).
+#: Of what Google Colab preinstalls, what we or our dependencies need (August 2026; the versions of pydantic, httpx and
+#: what they need are recalled, not looked up).
 COLAB = {
     "accelerate": "1.14.0",
+    "annotated-types": "0.7.0",
+    "anyio": "4.12.0",
     "anywidget": "0.9.21",
+    "certifi": "2025.11.12",
+    "docstring-parser": "0.17.0",
     "filelock": "3.20.0",
     "fsspec": "2025.3.0",
+    "h11": "0.16.0",
+    "httpcore": "1.0.9",
+    "httpx": "0.28.1",
     "huggingface-hub": "1.5.0",
+    "idna": "3.11",
     "ipykernel": "6.17.1",
     "ipython": "7.34.0",
     "ipywidgets": "7.7.1",
@@ -32,6 +41,8 @@ COLAB = {
     "plotly": "5.24.1",
     "psutil": "5.9.5",
     "psygnal": "0.15.0",
+    "pydantic": "2.12.3",
+    "pydantic-core": "2.41.4",
     "pygments": "2.19.2",
     "pyyaml": "6.0.3",
     "requests": "2.32.4",
@@ -43,6 +54,7 @@ COLAB = {
     "traitlets": "5.7.1",
     "transformers": "5.15.0",
     "typing-extensions": "4.15.0",
+    "typing-inspection": "0.4.2",
 }
 
 
