@@ -15,7 +15,6 @@ from kani_nb._runtime import Runtime, runtime
 from kani_nb.config import split_options
 from kani_nb.errors import ConfigError, ConversationBusyError, PromptError, StoreError
 from kani_nb.generation_params import GenerationParams
-from kani_nb.notebook.attachments import parts_of, with_expressions_quoted
 from kani_nb.notebook.chat_cell import OpenStream, is_blank, prompt_of, run_answer
 from kani_nb.notebook.chat_tools import add_tool_options, tools_named, type_named
 from kani_nb.notebook.chat_verbs import chat_verbs
@@ -131,6 +130,8 @@ class ChatMagics(Magics):
             self._ask(line, cell)
 
     def _ask(self, line: str, cell: str) -> None:
+        from kani_nb.notebook.attachments import parts_of, with_expressions_quoted
+
         parser = chat_parser()
         args = parser.parse_line(with_expressions_quoted(line))
         if args.help:
