@@ -1,7 +1,7 @@
 """One turn while it is answered: a generation, the calls it asks for, and so on until there is an answer.
 
 The user's message, every step and the answer belong to one turn, so that they are committed together. How one
-generation is read and timed is `round`, how one call is run `tools`; what is committed is `session`'s.
+generation is read and timed is `round`, how one call is run `tool_calls`; what is committed is `session`'s.
 """
 
 from __future__ import annotations

@@ -2,18 +2,26 @@
 
 Small and older instruct models were not taught to call tools, and their templates ignore them without a word. Many can
 follow an instruction all the same. Nothing here changes the conversation: it is said in the prompt alone.
+
+Every local engine encodes its prompts through `encode_with_tools`, whatever turns messages into token ids there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-from kani_nb.messages import ChatMessage, ChatRole
+from kani_nb.errors import PromptError
+from kani_nb.functions import tool_schemas
+from kani_nb.messages import ChatMessage, ChatRole, MediaPart
+
+#: From messages and the schemas of tools to token ids.
+Encode = Callable[[Sequence[ChatMessage], list[dict[str, Any]] | None], list[int]]
 
 _INSTRUCTION = (
     "You can call functions. To call one, answer with nothing but a JSON object, on one line:\n"
@@ -21,6 +29,95 @@ _INSTRUCTION = (
     "You are then told its result, and answer the user. Where no function helps, answer as usual.\n"
     "The functions, each with the JSON schema of its parameters:"
 )
+#: Shown to a template once, to see whether it takes notice of tools.
+_PROBE = [
+    {
+        "type": "function",
+        "function": {
+            "name": "kani_probe",
+            "description": "?",
+            "parameters": {"type": "object", "properties": {}, "required": []},
+        },
+    }
+]
+
+
+def ignores_tools(render: Callable[[Sequence[ChatMessage], list[dict[str, Any]] | None], Any]) -> bool:
+    """Whether `render`, of messages and tools, gives the same prompt with a tool as without one.
+
+    What fails on a bare question is asked again with a system message; what fails on everything is not taken to ignore
+    tools, so that its own error is what people see.
+    """
+
+    def rendered(tools: list[dict[str, Any]] | None) -> Any:
+        question = [ChatMessage.user("?")]
+        for messages in (question, [ChatMessage.system("?"), *question]):
+            with contextlib.suppress(PromptError):
+                return render(messages, tools)
+        return None
+
+    told, untold = rendered(_PROBE), rendered(None)
+    return bool((told is not None or untold is not None) and told == untold)
+
+
+def encode_with_tools(
+    encode: Encode,
+    messages: Sequence[ChatMessage],
+    functions: Sequence[Any] | None,
+    is_ignoring: Callable[[], bool],
+) -> list[int]:
+    """What `encode` makes of messages and tools; where it cannot hold them as they are, as it can.
+
+    Tools go in words where it takes no notice of them; calls that it refuses go as other templates want them.
+
+    Args:
+        encode: raises `PromptError` on what it cannot hold.
+        messages: the conversation.
+        functions: those offered.
+        is_ignoring: whether `encode` takes no notice of tools; asked only where there are tools or calls.
+
+    Raises:
+        PromptError: there is no message, or it refuses them in every form.
+    """
+    if not messages:
+        raise PromptError("there is no message to answer")
+    messages = [_without_media_results(each) for each in messages]
+    tools = tool_schemas(functions)
+    offered = tools or None
+    if not (tools or any(each.tool_calls or each.role is ChatRole.FUNCTION for each in messages)):
+        return encode(messages, None)
+    if is_ignoring():
+        try:
+            return encode(with_described_tools(messages, tools), None)
+        except PromptError:  # where a system message is what it refuses
+            return encode(with_described_tools(messages, tools, takes_system=False), None)
+    try:
+        return encode(messages, offered)
+    except PromptError:
+        if not any(each.tool_calls or each.role is ChatRole.FUNCTION for each in messages):
+            raise
+        short = with_short_ids(messages)
+        for variant, known in (
+            (short, offered),
+            (one_call_each(short), offered),
+            (with_described_tools(messages, tools), None),
+        ):
+            with contextlib.suppress(PromptError):
+                return encode(variant, known)
+        raise
+
+
+def _without_media_results(message: ChatMessage) -> ChatMessage:
+    """A function's result in words where it is an image: nobody could take it out of the prompt."""
+    if message.role is not ChatRole.FUNCTION or not any(isinstance(part, MediaPart) for part in message.parts):
+        return message
+    named = [
+        f"[{part.mime}, {len(part.data):,} bytes, which this model cannot read]"
+        if isinstance(part, MediaPart)
+        else part
+        for part in message.parts
+    ]
+    return message.copy_with(content="".join(str(part) for part in named))
 
 
 def with_described_tools(

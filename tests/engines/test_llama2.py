@@ -9,6 +9,7 @@ from kani_nb.errors import ConfigError, PromptError
 from kani_nb.functions import ai_function
 from kani_nb.testing import EngineContract
 from tests.conftest import make_model, make_tokenizer
+from tests.engines.tool_templates import two_calls
 
 HISTORY = [
     ChatMessage.system("Be brief."),
@@ -97,6 +98,12 @@ async def test_tools_are_described_in_words_since_the_format_has_none(llama2):
     events = [event async for event in engine.stream(HISTORY, [weather], max_new_tokens=2)]
     assert any(isinstance(event, EngineNotice) for event in events)
     await engine.close()
+
+
+def test_earlier_calls_stay_in_the_prompt_where_no_function_is_offered_any_more(llama2):
+    prompt = text_of(engine_of(llama2), two_calls("a", "b"))
+    assert '{"name": "weather", "arguments": {"city": "Rome"}}' in prompt
+    assert "Result of weather:" in prompt
 
 
 async def test_any_pipeline_makes_the_prompts_of_a_hugging_engine(tiny_model):

@@ -7,22 +7,19 @@ import pytest
 from kani_nb import ChatMessage
 from kani_nb.engines.base import EngineNotice, FinishReason, ReasoningDelta, TextDelta, ToolCallDelta
 from kani_nb.functions import ai_function
-from kani_nb.messages import FunctionCall, ImagePart, ToolCall
+from kani_nb.messages import ImagePart, ToolCall
 from tests.conftest import CHAT_TEMPLATE, make_model
 from tests.engines.asking import GREEDY, engine_of
 from tests.engines.speaking import speak
-
-HERMES_TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nTools: {% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
-    "Call them as <tool_call></tool_call>.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-MISTRAL_TEMPLATE = HERMES_TEMPLATE.replace("<tool_call></tool_call>", "[TOOL_CALLS]")
-THINKING_TEMPLATE = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}{# </think> #}")
-NO_SYSTEM_TEMPLATE = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT_TEMPLATE
+from tests.engines.tool_templates import (
+    ALTERNATING,
+    HERMES_TEMPLATE,
+    MISTRAL_IDS,
+    MISTRAL_TEMPLATE,
+    NO_SYSTEM_TEMPLATE,
+    ONE_CALL,
+    THINKING_TEMPLATE,
+    two_calls,
 )
 
 
@@ -184,27 +181,6 @@ async def test_what_a_described_answer_does_not_fit_is_shown_as_it_is(tmp_path):
     assert "{broken" in message.text
     assert message.text.endswith("So.")
     await engine.close()
-
-
-MISTRAL_IDS = (
-    "{% for message in messages %}{% for call in message.tool_calls or [] %}{% if call.id | length != 9 %}"
-    "{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}{% endfor %}"
-    "{% endfor %}"
-)
-ONE_CALL = (
-    "{% for message in messages %}{% if (message.tool_calls or []) | length > 1 %}"
-    "{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}{% endfor %}"
-)
-ALTERNATING = (
-    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}"
-)
-
-
-def two_calls(*ids):
-    calls = tuple(ToolCall(each, FunctionCall("weather", '{"city": "Rome"}')) for each in ids)
-    results = [ChatMessage.function("weather", f"result {number}", each) for number, each in enumerate(ids)]
-    return [ChatMessage.user("Rome?"), ChatMessage.assistant("", tool_calls=calls), *results]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kani_nb.engines.described_tools import with_described_tools
-from kani_nb.engines.huggingface.prompting import PROBE, ChatTemplate, check_text, ids_of, without_media_results
+from kani_nb.engines.described_tools import encode_with_tools, ignores_tools
+from kani_nb.engines.huggingface.prompting import ChatTemplate, check_text, ids_of
 from kani_nb.engines.prompts.terminal import check_ended
 from kani_nb.errors import PromptError
 from kani_nb.functions import tool_schemas
@@ -42,8 +42,7 @@ class PipelinePrompt:
     def ignores_tools(self) -> bool:
         """Whether the pipeline says nothing of the tools it is given."""
         if self._ignores_tools is None:
-            question = [ChatMessage.user("?")]
-            self._ignores_tools = bool(self._pipeline(question, PROBE) == self._pipeline(question, None))
+            self._ignores_tools = ignores_tools(self._pipeline)
         return self._ignores_tools
 
     def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
@@ -52,16 +51,19 @@ class PipelinePrompt:
         Raises:
             PromptError: the pipeline refuses these messages, or gives no prompt.
         """
-        if not messages:
-            raise PromptError("there is no message to answer")
-        messages = [without_media_results(each) for each in messages]
+        return encode_with_tools(
+            lambda said, tools: self._encode(said, functions if tools else None),
+            messages,
+            functions,
+            lambda: self.ignores_tools,
+        )
+
+    def _encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None) -> list[int]:
         for message in messages:
             if any(isinstance(part, MediaPart) for part in message.parts):
                 raise PromptError("a pipeline of text cannot hold images or sound", fix="remove them")
             if message.role is not ChatRole.ASSISTANT:
                 check_text(message.text)
-        if tool_schemas(functions) and self.ignores_tools:
-            messages, functions = with_described_tools(messages, tool_schemas(functions)), None
         made = check_ended(self._pipeline(messages, functions))
         if isinstance(made, list):
             return self._template.encode_records(made, tool_schemas(functions) or None)

@@ -14,24 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from json import JSONDecodeError
 from typing import Any
 
-from kani_nb.engines.described_tools import one_call_each, with_described_tools, with_short_ids
+from kani_nb.engines.described_tools import encode_with_tools, ignores_tools
 from kani_nb.errors import PromptError
-from kani_nb.functions import tool_schemas
 from kani_nb.messages import ChatMessage, ChatRole, MediaPart, ToolCall
 
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _TEMPLATE_ROLES = {ChatRole.FUNCTION: "tool"}
-#: Shown to a template once, to see whether it takes notice of tools.
-PROBE = [
-    {
-        "type": "function",
-        "function": {
-            "name": "kani_probe",
-            "description": "?",
-            "parameters": {"type": "object", "properties": {}, "required": []},
-        },
-    }
-]
 
 
 def template_records(messages: Sequence[ChatMessage], *, with_media: bool = False) -> list[dict[str, Any]]:
@@ -65,19 +53,6 @@ def template_records(messages: Sequence[ChatMessage], *, with_media: bool = Fals
             record["tool_call_id"] = message.tool_call_id
         records.append(record)
     return records
-
-
-def without_media_results(message: ChatMessage) -> ChatMessage:
-    """A function's result in words where it is an image: nobody could take it out of the prompt."""
-    if message.role is not ChatRole.FUNCTION or not any(isinstance(part, MediaPart) for part in message.parts):
-        return message
-    named = [
-        f"[{part.mime}, {len(part.data):,} bytes, which this model cannot read]"
-        if isinstance(part, MediaPart)
-        else part
-        for part in message.parts
-    ]
-    return message.copy_with(content="".join(str(part) for part in named))
 
 
 def _content_parts(message: ChatMessage, text: str) -> list[dict[str, Any]]:
@@ -136,8 +111,7 @@ class ChatTemplate:
     def ignores_tools(self) -> bool:
         """Whether the template says nothing of the tools it is given."""
         if self._ignores_tools is None:
-            told, untold = self._rendered_with(PROBE), self._rendered_with(None)
-            self._ignores_tools = bool(told or untold) and told == untold  # one that fails on both says nothing
+            self._ignores_tools = ignores_tools(self._rendered_of)
         return self._ignores_tools
 
     def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
@@ -156,36 +130,7 @@ class ChatTemplate:
                 why="it is a base model, which continues text and was not taught to chat",
                 fix="%load_engine an instruct or chat variant of it, for example smollm2",
             )
-        tools = tool_schemas(functions)
-        messages = [without_media_results(each) for each in messages]
-        has_calls = any(each.tool_calls or each.role is ChatRole.FUNCTION for each in messages)
-        if (tools or has_calls) and self.ignores_tools:
-            try:
-                return self._encoded(with_described_tools(messages, tools), None)
-            except PromptError:  # where a system message is what it refuses
-                return self._encoded(with_described_tools(messages, tools, takes_system=False), None)
-        return self._first_that_is_taken(messages, tools, has_calls=has_calls)
-
-    def _first_that_is_taken(
-        self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]], *, has_calls: bool
-    ) -> list[int]:
-        """The prompt; where the template refuses the calls in it, with the calls as other templates want them."""
-        try:
-            return self._encoded(messages, tools or None)
-        except PromptError:
-            if not has_calls:
-                raise
-            short = with_short_ids(messages)
-            for variant, offered in (
-                (short, tools or None),
-                (one_call_each(short), tools or None),
-                (with_described_tools(messages, tools), None),
-            ):
-                try:
-                    return self._encoded(variant, offered)
-                except PromptError:
-                    continue
-            raise
+        return encode_with_tools(self._encoded, messages, functions, lambda: self.ignores_tools)
 
     def _encoded(self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None) -> list[int]:
         return self.encode_records(template_records(messages, with_media=self._wants_parts()), tools)
@@ -213,10 +158,11 @@ class ChatTemplate:
             ) from error
         return [int(token) for token in ids]
 
-    def _rendered_with(self, tools: list[dict[str, Any]] | None) -> str:
-        content: Any = [{"type": "text", "text": "?"}] if self._wants_parts() else "?"
-        asked = [{"role": "user", "content": content}]
-        return self._rendered(asked, tools) or self._rendered([{"role": "system", "content": content}, *asked], tools)
+    def _rendered_of(self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None) -> str:
+        rendered = self._rendered(template_records(messages, with_media=self._wants_parts()), tools)
+        if not rendered:
+            raise PromptError(f"the chat template of {self._name} fails on a question")
+        return rendered
 
     def _wants_parts(self) -> bool:
         """Whether the template reads contents as lists of parts only, as those of some multimodal models do."""

@@ -369,7 +369,7 @@ class LlamaCppEngine(BaseEngine):
                 ids,
                 params,
                 read_by=reader_for(prompt.source, vocabulary, ids, functions),
-                constraint=self._prepared.constraint(params.json_schema),
+                constraint=self._prepared.constraint(params.json_schema, params.eos_token_id),
                 metadata=self._prepared.files().header.metadata,
                 context_tokens=self._context_tokens,
                 reuses=self._reuses,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kani_nb.engines.huggingface.prompting import PROBE, check_text, template_records
+from kani_nb.engines.described_tools import encode_with_tools, ignores_tools
+from kani_nb.engines.huggingface.prompting import check_text, template_records
 from kani_nb.engines.llamacpp.guard import Guard, encode_prompt
-from kani_nb.engines.llamacpp.template import ChatTemplate, encode_with_tools
+from kani_nb.engines.llamacpp.template import ChatTemplate
 from kani_nb.engines.llamacpp.vocabulary import Vocabulary
 from kani_nb.engines.prompts.terminal import check_ended
-from kani_nb.errors import PromptError
 from kani_nb.functions import tool_schemas
 from kani_nb.messages import ChatMessage, ChatRole
 
@@ -37,8 +37,7 @@ class PipelinePrompt:
     def ignores_tools(self) -> bool:
         """Whether the pipeline says nothing of the tools it is given."""
         if self._ignores_tools is None:
-            question = [ChatMessage.user("?")]
-            self._ignores_tools = bool(self._pipeline(question, PROBE) == self._pipeline(question, None))
+            self._ignores_tools = ignores_tools(self._pipeline)
         return self._ignores_tools
 
     def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
@@ -49,8 +48,6 @@ class PipelinePrompt:
         Raises:
             PromptError: a message is not text, or the pipeline refuses them.
         """
-        if not messages:
-            raise PromptError("there is no message to answer")
         return encode_with_tools(
             lambda said, tools: self._encode(said, functions if tools else None),
             messages,

@@ -6,7 +6,7 @@ Several threads may ask at once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kani_nb.engines.base import LoadProgress, ProgressCallback
@@ -91,8 +91,12 @@ class Prepared:
             assert self._prompt is not None
             return self._prompt
 
-    def constraint(self, schema: str | None) -> JsonConstraint | None:
+    def constraint(self, schema: str | None, eos_ids: Sequence[int] | None = None) -> JsonConstraint | None:
         """What holds an answer to `schema`; None where there is none, or llguidance is not installed.
+
+        Args:
+            schema: the JSON schema, as JSON.
+            eos_ids: tokens that end the answer; the file's own where None.
 
         Raises:
             ConfigError: answers cannot be held to it.
@@ -100,7 +104,7 @@ class Prepared:
         if schema is None or not can_constrain():
             return None
         vocabulary = self.vocabulary()
-        return JsonConstraint(vocabulary.guided_tokens, schema, vocabulary.end_ids)
+        return JsonConstraint(vocabulary.guided_tokens, schema, eos_ids or vocabulary.end_ids)
 
     def memory(self) -> AnswerMemory:
         """The tokens of earlier answers."""

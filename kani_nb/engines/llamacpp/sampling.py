@@ -111,7 +111,8 @@ class Sampler:
             constraint: that says which tokens may come; it is told of the choice by the caller.
         """
         forbidden: list[int] = []
-        if new_tokens < self._min_new_tokens:
+        is_whole = constraint is not None and constraint.is_whole  # then nothing but the end may follow
+        if new_tokens < self._min_new_tokens and not is_whole:
             forbidden += self._end_ids
         if self._ngrams is not None:
             forbidden += self._ngrams.after(ids)

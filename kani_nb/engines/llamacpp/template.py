@@ -7,19 +7,16 @@ that takes no notice of tools gets them in words.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from kani_nb.engines.described_tools import with_described_tools
-from kani_nb.engines.huggingface.prompting import PROBE, template_records
+from kani_nb.engines.described_tools import encode_with_tools, ignores_tools
+from kani_nb.engines.huggingface.prompting import template_records
 from kani_nb.engines.llamacpp.guard import Guard
 from kani_nb.engines.llamacpp.vocabulary import Vocabulary
 from kani_nb.errors import PromptError
-from kani_nb.functions import tool_schemas
-from kani_nb.messages import ChatMessage, ChatRole
-
-Encode = Callable[[Sequence[ChatMessage], list[dict[str, Any]] | None], list[int]]
+from kani_nb.messages import ChatMessage
 
 
 class ChatTemplate:
@@ -46,14 +43,7 @@ class ChatTemplate:
     def ignores_tools(self) -> bool:
         """Whether the template says nothing of the tools it is given."""
         if self._ignores_tools is None:
-            question = template_records([ChatMessage.user("?")])
-            said: list[str] = []
-            for tools in (PROBE, None):
-                try:
-                    said.append(self._render(question, tools))
-                except PromptError:
-                    said.append("")
-            self._ignores_tools = said[0] == said[1]
+            self._ignores_tools = ignores_tools(lambda said, tools: self._render(template_records(said), tools))
         return self._ignores_tools
 
     def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
@@ -128,29 +118,6 @@ class ChatTemplate:
                     fix="say how a prompt is made: LlamaCppEngine(..., prompt_pipeline=...)",
                 ) from error
         return self._compiled
-
-
-def encode_with_tools(
-    encode: Encode,
-    messages: Sequence[ChatMessage],
-    functions: Sequence[Any] | None,
-    ignores_tools: Callable[[], bool],
-) -> list[int]:
-    """What `encode` makes of messages and tools; in words where it takes no notice of tools.
-
-    Raises:
-        PromptError: it refuses them.
-    """
-    tools = tool_schemas(functions)
-    has_calls = any(each.tool_calls or each.role is ChatRole.FUNCTION for each in messages)
-    if not (tools or has_calls) or not ignores_tools():
-        return encode(messages, tools or None)
-    try:
-        return encode(with_described_tools(messages, tools), None)
-    except PromptError as error:
-        if "system" not in error.why.lower():
-            raise
-    return encode(with_described_tools(messages, tools, takes_system=False), None)
 
 
 def _environment() -> Any:

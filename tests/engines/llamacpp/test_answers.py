@@ -259,6 +259,18 @@ async def test_an_answer_can_be_held_to_a_schema_and_a_call_is_read_out_of_it(en
     assert (await answer(engine)).message.text
 
 
+@pytest.mark.parametrize(
+    "further", [{"min_new_tokens": 150, "do_sample": True}, {"eos_token_id": [300]}], ids=["least", "own end"]
+)
+async def test_whole_json_ends_the_answer_whatever_else_is_asked(engine, further):
+    pytest.importorskip("llguidance")
+    held = {"max_new_tokens": 200, "do_sample": False, "json_schema": json.dumps(CALL)}
+    said = await engine.predict(FOX, **held | further)
+    assert json.loads(said.message.text)["name"] == "population"
+    assert said.finish_reason == "stop"
+    assert said.completion_tokens < 150
+
+
 async def test_reasoning_is_kept_apart_where_the_template_shows_it(tmp_path):
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}<think>"
     engine = LlamaCppEngine(model_path=write_gguf(tmp_path / "tiny.gguf", template=template), threads=1)

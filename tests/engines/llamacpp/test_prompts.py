@@ -12,6 +12,14 @@ from kani_nb.errors import PromptError
 from kani_nb.messages import ImagePart, ToolCall
 from tests.conftest import make_tokenizer
 from tests.engines.llamacpp.tiny_gguf import write_gguf
+from tests.engines.tool_templates import (
+    ALTERNATING,
+    HERMES_TEMPLATE,
+    MISTRAL_IDS,
+    NO_SYSTEM_TEMPLATE,
+    ONE_CALL,
+    two_calls,
+)
 
 pytestmark = pytest.mark.llamacpp
 
@@ -109,6 +117,30 @@ async def test_a_template_that_ignores_tools_gets_them_in_words_and_the_answer_s
     events = [event async for event in engine.stream([ChatMessage.user("hi")], [population], max_new_tokens=2)]
     assert any(isinstance(event, EngineNotice) and "ignores tools" in event.text for event in events)
     await engine.close()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [MISTRAL_IDS + HERMES_TEMPLATE, ONE_CALL + HERMES_TEMPLATE, ALTERNATING + NO_SYSTEM_TEMPLATE],
+    ids=["ids of nine characters", "one call in a message", "turns, and no tools"],
+)
+def test_templates_with_rules_of_their_own_get_the_calls_as_they_want_them(engine_with, template):
+    prompt = spelled(engine_with(template), two_calls("call_0123456789abcdef", "x"), [population])
+    assert "population" in prompt
+    assert prompt.index("result 0") < prompt.index("result 1")
+
+
+def test_an_image_that_a_function_gave_is_named_in_words(engine_with):
+    history = two_calls("a", "b")
+    history[-1] = ChatMessage.function("weather", (ImagePart(b"\x89PNG", "image/png"),), "b")
+    assert "[image/png, 4 bytes" in spelled(engine_with(HERMES_TEMPLATE), history)
+
+
+def test_a_pipeline_that_knows_no_calls_gets_the_earlier_ones_in_words(spm_gguf):
+    engine = LlamaCppEngine(model_path=spm_gguf, prompt_pipeline=LLAMA2_PIPELINE)
+    prompt = spelled(engine, two_calls("a", "b"))
+    assert '"city": "Rome"' in prompt
+    assert "Result of weather" in prompt
 
 
 def test_kanis_pipelines_run_and_users_cannot_say_their_tokens(spm_gguf):
