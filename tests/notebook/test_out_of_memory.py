@@ -5,7 +5,7 @@ import pytest
 from kani_nb.errors import OutOfMemoryError
 from tests.memory import MIB, make_wide_model, only_more
 
-pytestmark = pytest.mark.quant
+pytestmark = [pytest.mark.memory, pytest.mark.usefixtures("exact_allocator")]
 
 OPTIONS = "--as wide --dtype float32 --threads 1 --no-sample"
 

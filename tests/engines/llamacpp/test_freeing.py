@@ -1,11 +1,11 @@
 """What was loaded is given back, however often."""
 
-import psutil
 import pytest
 
 from kani_nb import ChatMessage
 from kani_nb.engines.llamacpp import LlamaCppEngine
 from tests.engines.llamacpp.tiny_gguf import write_gguf
+from tests.memory import held_bytes
 
 pytestmark = pytest.mark.llamacpp
 
@@ -18,5 +18,5 @@ async def test_loading_and_closing_again_and_again_takes_no_more_memory(tmp_path
         await engine.predict([ChatMessage.user("hello")], max_new_tokens=3)
         assert engine.memory().kv_bytes == 16 * 2**20
         await engine.close()
-        held.append(psutil.Process().memory_info().rss)
+        held.append(held_bytes())
     assert held[-1] - held[2] < 16 * 2**20
