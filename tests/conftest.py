@@ -168,9 +168,11 @@ def clean_runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def exact_allocator():
     """Takes every tensor from the system and gives it back to it, for the rest of this process.
 
-    The C library keeps what is freed below a threshold that grows, and hands it out again: an allocation that finds
-    such a piece does not fail, whatever the limit. Tests that need this are a suite of their own.
+    An allocation that finds a piece which the C library kept does not fail, whatever the limit, and what it keeps looks
+    like a leak. Tests that need this are a suite of their own.
     """
+    from tests.memory import EXACT_BYTES
+
     m_mmap_threshold = -3
     if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 256 * 1024)
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, EXACT_BYTES)

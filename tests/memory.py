@@ -24,6 +24,13 @@ def make_wide_model(folder: Path) -> Path:
     return make_model(folder, num_hidden_layers=8, hidden_size=64, max_position_embeddings=4096, **heads)
 
 
+#: Every piece from this size on from the system and back to it: the C library would else keep what is freed below a
+#: threshold that grows, and the end of every thread's arena, up to 64 MiB of it, for whoever comes next.
+EXACT_BYTES = 256 * 1024
+#: The same for a process that is started with it.
+EXACT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(EXACT_BYTES)}
+
+
 def held_bytes() -> int:
     """Bytes that this process has written and holds in memory, after what nobody uses was given back.
 

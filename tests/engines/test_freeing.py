@@ -13,7 +13,7 @@ from kani_nb.hardware.remains import Remains
 from tests.engines.asking import answer, engine_of
 from tests.memory import MIB, SLACK_BYTES, held_bytes, held_once_warm, make_wide_model
 
-pytestmark = pytest.mark.memory
+pytestmark = [pytest.mark.memory, pytest.mark.usefixtures("exact_allocator")]
 
 PROMPT = [ChatMessage.user("the quick brown fox")]
 
