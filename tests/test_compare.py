@@ -348,7 +348,7 @@ async def test_a_checkpoint_that_is_quantized_already_is_called_what_it_is(here,
 async def test_an_engine_without_probabilities_is_timed_and_not_judged(here):
     found = await compare(EngineConfig("echo:delay=0.01"), read_schemes("none,int8"), **SHORT)
     none, int8 = found.rows
-    assert none.tpot_s == pytest.approx(0.01, rel=0.5)
+    assert none.tpot_s > 0.009, "which it slept"
     assert (none.kl_nats, none.perplexity, found.reference) == (None, None, "")
     assert "EchoEngine gives no probabilities" in found.to_text()
     assert "int8 is no scheme of the engine echo" in int8.reason

@@ -248,12 +248,13 @@ async def test_a_second_round_on_one_conversation_is_refused_and_so_are_changes(
 async def test_two_conversations_on_one_engine_queue(open_session):
     engine = EchoEngine(delay=0.02)
     first, second = open_session(engine), open_session(engine)
+    began = time.monotonic()
     replies = await asyncio.gather(first.ask("a b c d e f g h"), second.ask("x y"))
+    took = time.monotonic() - began
     assert [reply.text for reply in replies] == ["a b c d e f g h", "x y"]
-    assert replies[0].metrics.queued_s < 0.02
-    assert replies[1].metrics.queued_s > 0.1
-    assert replies[1].metrics.ttft_s < 0.1
-    assert replies[1].metrics.duration_s < 0.14
+    waits = [reply.metrics.queued_s for reply in replies]
+    assert waits[0] < 0.1 < waits[1]
+    assert replies[1].metrics.ttft_s < replies[1].metrics.duration_s <= took - waits[1], "the wait is no part of it"
     assert not engine.slot.is_taken
 
 
@@ -385,15 +386,17 @@ async def test_an_engine_that_only_predicts_is_fully_functional(open_session):
 
 async def test_the_times_are_those_of_the_engine_even_when_the_reader_is_slow(open_session):
     session = open_session(EchoEngine(delay=0.02, prefill=0.1))
-    events = []
+    events, began = [], time.monotonic()
     async for event in session.stream("a b c d e f"):
         events.append(event)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
+    took = time.monotonic() - began
     metrics = events[-1].metrics
-    assert 0.11 < metrics.ttft_s < 0.2
-    assert 0.019 < metrics.tpot_s < 0.04
+    assert metrics.ttft_s > 0.11
+    assert metrics.tpot_s > 0.019
     assert metrics.tokens_per_s == pytest.approx(1 / metrics.tpot_s)
-    assert 0.21 < metrics.duration_s < 0.35
+    assert metrics.duration_s == pytest.approx(metrics.ttft_s + 5 * metrics.tpot_s, abs=0.1)
+    assert 0.21 < metrics.duration_s < took - 0.6
     assert (metrics.prompt_tokens, metrics.completion_tokens, metrics.cached_tokens) == (7, 6, None)
     assert (metrics.turn, metrics.model, metrics.max_context_size) == (1, "EchoEngine", 8192)
     assert metrics.peak_source == "rss"

@@ -117,7 +117,7 @@ async def test_an_async_function_that_blocks_does_not_hold_up_the_loop(open_sess
 
     @ai_function(read_only=True)
     async def block() -> str:
-        time.sleep(0.4)
+        time.sleep(1.5)
         return "done"
 
     async def watch():
@@ -131,7 +131,7 @@ async def test_an_async_function_that_blocks_does_not_hold_up_the_loop(open_sess
     session = open_session(Calling([("block", "{}")], "ok"))
     assert (await session.ask("go", tools=[block])).text == "ok"
     watching.cancel()
-    assert longest < 0.3
+    assert longest < 1
 
 
 async def test_results_that_are_not_text_are_told_as_json_or_in_words(open_session):
