@@ -165,6 +165,14 @@ def clean_runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama whose KV cache is large; see `tests.memory`."""
+    from tests.memory import make_wide_model
+
+    return make_wide_model(tmp_path_factory.mktemp("wide-llama"))
+
+
+@pytest.fixture(scope="session")
 def exact_allocator():
     """Takes every tensor from the system and gives it back to it, for the rest of this process.
 

@@ -34,10 +34,16 @@ EXACT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(EXACT_BYTES)}
 def held_bytes() -> int:
     """Bytes that this process has written and holds in memory, after what nobody uses was given back.
 
-    Pages of files are not counted: the kernel drops and reads them again as it likes, by tens of MiB.
+    Pages of files are not counted: the kernel drops and reads them again as it likes, by tens of MiB. Weights can be
+    such pages: `has_mapped_weights` tells whether any are left.
     """
     free_memory()
     return sum(_status("RssAnon", "VmSwap"))
+
+
+def has_mapped_weights() -> bool:
+    """Whether a file of weights is still mapped into this process."""
+    return ".safetensors" in Path("/proc/self/maps").read_text()
 
 
 def _status(*names: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Closing frees: after an answer, a load that failed or was cancelled, and when memory ran out."""
+"""Closing frees: after an answer, and after a load that failed or was cancelled."""
 
 import asyncio
 import weakref
@@ -11,21 +11,11 @@ from kani_nb.engines.huggingface import loading
 from kani_nb.errors import ModelFilesError
 from kani_nb.hardware.remains import Remains
 from tests.engines.asking import answer, engine_of
-from tests.memory import MIB, SLACK_BYTES, held_bytes, held_once_warm, make_wide_model
+from tests.memory import MIB, SLACK_BYTES, has_mapped_weights, held_bytes
 
 pytestmark = [pytest.mark.memory, pytest.mark.usefixtures("exact_allocator")]
 
 PROMPT = [ChatMessage.user("the quick brown fox")]
-
-
-@pytest.fixture(scope="module")
-def wide_model(tmp_path_factory):
-    return make_wide_model(tmp_path_factory.mktemp("wide-llama"))
-
-
-@pytest.fixture(scope="module")
-def baseline(wide_model):
-    return held_once_warm(wide_model)
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "nf4"])
@@ -39,6 +29,7 @@ async def test_closing_frees_every_weight_and_the_memory(wide_model, baseline, s
     assert remains.is_gone
     assert not any(part() is not None for part in parts)
     assert held_bytes() - baseline < SLACK_BYTES
+    assert not has_mapped_weights()
 
 
 async def test_a_load_that_fails_at_its_end_frees_what_it_had_loaded(wide_model, baseline, tmp_path):
@@ -84,6 +75,7 @@ async def test_a_load_that_was_cancelled_frees_what_still_arrives(wide_model, ba
     assert not engine.is_loaded
     assert models[0].is_gone
     assert held_bytes() - baseline < SLACK_BYTES
+    assert not has_mapped_weights()
 
 
 async def test_weights_that_somebody_keeps_are_known_by_their_bytes(wide_model, baseline):

@@ -5,29 +5,11 @@ import pytest
 from kani_nb import ChatMessage
 from kani_nb.errors import OutOfMemoryError
 from tests.engines.asking import answer, engine_of
-from tests.memory import (
-    MIB,
-    SLACK_BYTES,
-    WIDE_KV_BYTES,
-    held_bytes,
-    held_once_warm,
-    make_wide_model,
-    only_more,
-)
+from tests.memory import MIB, SLACK_BYTES, WIDE_KV_BYTES, held_bytes, only_more
 
 pytestmark = [pytest.mark.memory, pytest.mark.usefixtures("exact_allocator")]
 
 PROMPT = [ChatMessage.user("the quick brown fox")]
-
-
-@pytest.fixture(scope="module")
-def wide_model(tmp_path_factory):
-    return make_wide_model(tmp_path_factory.mktemp("wide-llama"))
-
-
-@pytest.fixture(scope="module")
-def baseline(wide_model):
-    return held_once_warm(wide_model)
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "nf4"])

@@ -67,6 +67,7 @@ def cycle(kernel, options):
     assert "Paris" in good(kernel, ASK)
     loaded = resident(kernel)
     said = good(kernel, "%unload_engine")
+    assert kernel.value("'.safetensors' in open('/proc/self/maps').read()") == "False"
     return loaded - resident(kernel), held(kernel), said
 
 

@@ -3,16 +3,11 @@
 import pytest
 
 from kani_nb.errors import OutOfMemoryError
-from tests.memory import MIB, make_wide_model, only_more
+from tests.memory import MIB, only_more
 
 pytestmark = [pytest.mark.memory, pytest.mark.usefixtures("exact_allocator")]
 
 OPTIONS = "--as wide --dtype float32 --threads 1 --no-sample"
-
-
-@pytest.fixture(scope="module")
-def wide_model(tmp_path_factory):
-    return make_wide_model(tmp_path_factory.mktemp("wide-llama"))
 
 
 def refused(cells, code):

@@ -11,6 +11,7 @@ import inspect
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from json import JSONDecodeError
 from typing import Any
 
@@ -104,15 +105,12 @@ class ChatTemplate:
         self._kwargs = dict(template_kwargs or {})
         accepted = inspect.signature(tokenizer.apply_chat_template).parameters
         self._can_sanitize = "sanitize_control_tokens" in accepted
-        self._ignores_tools: bool | None = None
         self._reads_parts: bool | None = None
 
-    @property
+    @cached_property
     def ignores_tools(self) -> bool:
         """Whether the template says nothing of the tools it is given."""
-        if self._ignores_tools is None:
-            self._ignores_tools = ignores_tools(self._rendered_of)
-        return self._ignores_tools
+        return ignores_tools(self._rendered_of)
 
     def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
         """The prompt's token ids, ready for the model's answer.

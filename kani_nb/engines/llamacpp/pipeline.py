@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from kani_nb.engines.described_tools import encode_with_tools, ignores_tools
@@ -30,15 +31,12 @@ class PipelinePrompt:
         self._pipeline = pipeline
         self._vocabulary = vocabulary
         self._template = template
-        self._ignores_tools: bool | None = None
         self.source = template.source
 
-    @property
+    @cached_property
     def ignores_tools(self) -> bool:
         """Whether the pipeline says nothing of the tools it is given."""
-        if self._ignores_tools is None:
-            self._ignores_tools = ignores_tools(self._pipeline)
-        return self._ignores_tools
+        return ignores_tools(self._pipeline)
 
     def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
         """The prompt's token ids.

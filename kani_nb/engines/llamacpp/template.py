@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from kani_nb.engines.described_tools import encode_with_tools, ignores_tools
@@ -37,14 +38,11 @@ class ChatTemplate:
         self._vocabulary = vocabulary
         self._kwargs = dict(template_kwargs or {})
         self._compiled: Any = None
-        self._ignores_tools: bool | None = None
 
-    @property
+    @cached_property
     def ignores_tools(self) -> bool:
         """Whether the template says nothing of the tools it is given."""
-        if self._ignores_tools is None:
-            self._ignores_tools = ignores_tools(lambda said, tools: self._render(template_records(said), tools))
-        return self._ignores_tools
+        return ignores_tools(lambda said, tools: self._render(template_records(said), tools))
 
     def encode(self, messages: Sequence[ChatMessage], functions: Sequence[Any] | None = None) -> list[int]:
         """The prompt's token ids, ready for the model's answer.
