@@ -7,7 +7,7 @@ from kani_nb.engines.llamacpp import LlamaCppEngine
 from tests.engines.llamacpp.tiny_gguf import write_gguf
 from tests.memory import held_bytes
 
-pytestmark = pytest.mark.llamacpp
+pytestmark = [pytest.mark.llamacpp, pytest.mark.usefixtures("exact_allocator")]
 
 
 async def test_loading_and_closing_again_and_again_takes_no_more_memory(tmp_path):
