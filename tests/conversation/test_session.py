@@ -253,7 +253,8 @@ async def test_two_conversations_on_one_engine_queue(open_session):
     took = time.monotonic() - began
     assert [reply.text for reply in replies] == ["a b c d e f g h", "x y"]
     waits = [reply.metrics.queued_s for reply in replies]
-    assert waits[0] < 0.1 < waits[1]
+    assert waits[0] < waits[1] / 2
+    assert waits[1] - waits[0] > 0.1, "it waited for the whole of the first answer"
     assert replies[1].metrics.ttft_s < replies[1].metrics.duration_s <= took - waits[1], "the wait is no part of it"
     assert not engine.slot.is_taken
 

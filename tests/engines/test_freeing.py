@@ -24,6 +24,7 @@ async def test_closing_frees_every_weight_and_the_memory(wide_model, baseline, s
     await answer(engine, PROMPT, max_new_tokens=4)
     remains = Remains(engine.model)
     assert remains.held_bytes > 8 * MIB
+    assert has_mapped_weights(), "else its absence at the end would say nothing"
     parts = [weakref.ref(each) for each in (*engine.model.modules(), *engine.model.parameters())]
     await engine.close()
     assert remains.is_gone

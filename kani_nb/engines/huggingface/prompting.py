@@ -105,7 +105,6 @@ class ChatTemplate:
         self._kwargs = dict(template_kwargs or {})
         accepted = inspect.signature(tokenizer.apply_chat_template).parameters
         self._can_sanitize = "sanitize_control_tokens" in accepted
-        self._reads_parts: bool | None = None
 
     @cached_property
     def ignores_tools(self) -> bool:
@@ -131,7 +130,7 @@ class ChatTemplate:
         return encode_with_tools(self._encoded, messages, functions, lambda: self.ignores_tools)
 
     def _encoded(self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None) -> list[int]:
-        return self.encode_records(template_records(messages, with_media=self._wants_parts()), tools)
+        return self.encode_records(template_records(messages, with_media=self._wants_parts), tools)
 
     def encode_records(self, records: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The token ids of messages that are in the template's own form already.
@@ -157,18 +156,17 @@ class ChatTemplate:
         return [int(token) for token in ids]
 
     def _rendered_of(self, messages: Sequence[ChatMessage], tools: list[dict[str, Any]] | None) -> str:
-        rendered = self._rendered(template_records(messages, with_media=self._wants_parts()), tools)
+        rendered = self._rendered(template_records(messages, with_media=self._wants_parts), tools)
         if not rendered:
             raise PromptError(f"the chat template of {self._name} fails on a question")
         return rendered
 
+    @cached_property
     def _wants_parts(self) -> bool:
         """Whether the template reads contents as lists of parts only, as those of some multimodal models do."""
-        if self._reads_parts is None:
-            asked = [{"role": "user", "content": "kani?"}]
-            in_parts = [{"role": "user", "content": [{"type": "text", "text": "kani?"}]}]
-            self._reads_parts = "kani?" not in self._rendered(asked) and "kani?" in self._rendered(in_parts)
-        return self._reads_parts
+        asked = [{"role": "user", "content": "kani?"}]
+        in_parts = [{"role": "user", "content": [{"type": "text", "text": "kani?"}]}]
+        return "kani?" not in self._rendered(asked) and "kani?" in self._rendered(in_parts)
 
     def _rendered(self, records: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         """A prompt as text; empty where the template fails on it."""

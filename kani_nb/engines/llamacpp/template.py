@@ -37,7 +37,6 @@ class ChatTemplate:
         self._name = name
         self._vocabulary = vocabulary
         self._kwargs = dict(template_kwargs or {})
-        self._compiled: Any = None
 
     @cached_property
     def ignores_tools(self) -> bool:
@@ -52,7 +51,7 @@ class ChatTemplate:
         """
         if not messages:
             raise PromptError("there is no message to answer")
-        self._template()
+        _ = self._template  # what is wrong with the template itself is said first
         return encode_with_tools(
             lambda said, tools: self.encode_records(template_records(said), tools),
             messages,
@@ -81,7 +80,7 @@ class ChatTemplate:
             **self._kwargs,
         }
         try:
-            rendered: str = self._template().render(**variables)
+            rendered: str = self._template.render(**variables)
         except TemplateError as error:
             spoken = "system" in str(error).lower() and records[0]["role"] == "system"
             raise PromptError(
@@ -97,6 +96,7 @@ class ChatTemplate:
             ) from error
         return rendered
 
+    @cached_property
     def _template(self) -> Any:
         if self.source is None:
             raise PromptError(
@@ -104,18 +104,16 @@ class ChatTemplate:
                 why="it is a base model, or was converted without one",
                 fix="take an instruct variant, or say how a prompt is made: LlamaCppEngine(..., prompt_pipeline=...)",
             )
-        if self._compiled is None:
-            from jinja2 import TemplateSyntaxError
+        from jinja2 import TemplateSyntaxError
 
-            try:
-                self._compiled = _environment().from_string(self.source)
-            except TemplateSyntaxError as error:
-                raise PromptError(
-                    f"the chat template of {self._name} is no template",
-                    why=f"{error.message}, in line {error.lineno}",
-                    fix="say how a prompt is made: LlamaCppEngine(..., prompt_pipeline=...)",
-                ) from error
-        return self._compiled
+        try:
+            return _environment().from_string(self.source)
+        except TemplateSyntaxError as error:
+            raise PromptError(
+                f"the chat template of {self._name} is no template",
+                why=f"{error.message}, in line {error.lineno}",
+                fix="say how a prompt is made: LlamaCppEngine(..., prompt_pipeline=...)",
+            ) from error
 
 
 def _environment() -> Any:

@@ -13,8 +13,12 @@ from kani_nb import ChatMessage
 from tests.engines.llamacpp.tiny_gguf import write_gguf
 from tests.memory import EXACT_ALLOCATOR, MIB, held_bytes
 
-pytestmark = pytest.mark.llamacpp
+pytestmark = [
+    pytest.mark.llamacpp,
+    pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process holds"),
+]
 
+ROOT = Path(__file__).parents[3]
 STATES_BYTES = 16 * MIB
 
 
@@ -22,7 +26,8 @@ def test_loading_and_closing_again_and_again_takes_no_more_memory(tmp_path):
     """In a process of its own: what other tests left in a worker comes and goes by more than a model's states."""
     path = write_gguf(tmp_path / "tiny.gguf", context=65536)
     command = [sys.executable, "-m", "tests.engines.llamacpp.test_freeing", str(path)]
-    done = subprocess.run(command, env=os.environ | EXACT_ALLOCATOR, capture_output=True, text=True, timeout=100)
+    own = os.environ | EXACT_ALLOCATOR
+    done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     rounds = json.loads(done.stdout)
     assert {each["states"] for each in rounds} == {STATES_BYTES}
