@@ -7,7 +7,9 @@ which builds on this.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from kani_nb.engines.base import BaseEngine, ProgressCallback
 from kani_nb.engines.registry import create_engine
 from kani_nb.engines.worker import Slot, run_in_thread
 from kani_nb.errors import ConfigError, KaniNbError, NoEngineError, did_you_mean
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,31 @@ class EngineRoster:
         self._replaceable: str | None = None
         self._slots: dict[str, Slot] = {}
         self._load_lock: asyncio.Lock | None = None
+        self._watchers: list[Callable[[], None]] = []
+
+    def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Have `changed` called after an engine was loaded, freed or made the current one; the result ends that.
+
+        It is called on whichever thread did that, and must be short.
+        """
+        self._watchers.append(changed)
+        return lambda: self._watchers.remove(changed) if changed in self._watchers else None
+
+    def _tell(self) -> None:
+        for changed in list(self._watchers):
+            try:
+                changed()
+            except Exception:  # noqa: BLE001 - whoever only looks must not harm what is done
+                _LOG.exception("a watcher of the engines failed")
+
+    def given_back(self) -> dict[str, int]:
+        """Bytes by device that the next load without a name of its own will free before it begins."""
+        engine = self._engines.get(self._replaceable or "")
+        memory = engine.memory() if engine is not None else None
+        if memory is None:
+            return {}
+        held = dict(memory.shares) or {memory.device: memory.weight_bytes}
+        return {**held, memory.device: held.get(memory.device, 0) + memory.kv_bytes}
 
     @property
     def engine(self) -> BaseEngine | None:
@@ -103,6 +132,7 @@ class EngineRoster:
         """
         if isinstance(engine, str):
             self._current = self._known(engine)
+            self._tell()
             return self._engines[engine]
         if not isinstance(engine, BaseEngine):
             raise ConfigError(
@@ -113,6 +143,7 @@ class EngineRoster:
             self._engines[chosen] = engine
             self._configs.pop(chosen, None)
             self._current = chosen
+        self._tell()
         return engine
 
     async def load(
@@ -136,6 +167,14 @@ class EngineRoster:
         return self.loop.run_sync(self._load(config, name, progress))
 
     async def _load(self, config: EngineConfig, name: str | None, progress: ProgressCallback | None) -> LoadedEngine:
+        try:
+            return await self._find_or_load(config, name, progress)
+        finally:
+            self._tell()
+
+    async def _find_or_load(
+        self, config: EngineConfig, name: str | None, progress: ProgressCallback | None
+    ) -> LoadedEngine:
         if self._load_lock is None:
             self._load_lock = asyncio.Lock()
         async with self._load_lock:
@@ -196,11 +235,14 @@ class EngineRoster:
         Raises:
             NoEngineError: there is none of that name.
         """
-        return await self.loop.run(self._unload(name))
+        try:
+            return await self.loop.run(self._unload(name))
+        finally:
+            self._tell()
 
     def unload_sync(self, name: str | None = None) -> UnloadReport:
         """`unload`, blocking the calling thread."""
-        return self.loop.run_sync(self._unload(name))
+        return self.loop.run_sync(self.unload(name))
 
     async def _unload(self, name: str | None) -> UnloadReport:
         self.need_engine(name)

@@ -100,7 +100,13 @@ class OutOfMemoryError(EngineError, MemoryError):
 
 
 class DoesNotFitError(EngineError):
-    """More memory is needed than there is; nothing was loaded."""
+    """More memory is needed than there is; nothing was loaded.
+
+    Attributes:
+        row: the plan that does not fit, a `hardware.plans.PlanRow`; None where none was made.
+    """
+
+    row: Any = None
 
 
 class ArgumentsError(KaniNbError):

@@ -32,12 +32,17 @@ class Option:
     of: Literal["engine", "generation", "quantization"] = "engine"
     metavar: str = ""
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether it may be given again, each time for one more value."""
+        return self.dest in _REPEATED
+
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Declare the option, without a default, so that only what was said is set."""
         common: dict[str, Any] = {"dest": self.dest, "default": argparse.SUPPRESS, "help": self.help}
         if self.type is bool:
             parser.add_argument(self.flag, action=argparse.BooleanOptionalAction, **common)
-        elif self.dest in _REPEATED:
+        elif self.is_repeated:
             parser.add_argument(self.flag, action="append", type=self.type, metavar=self.metavar or "TEXT", **common)
         else:
             metavar = self.metavar or self.dest.upper()

@@ -128,7 +128,6 @@ def plan_model(
         ConfigError: a value that cannot be used, an unknown card, or a model that no weights of ours belong to.
         UnknownModelError, ModelUnavailableError, GatedModelError, ModelFilesError: its configuration cannot be had.
     """
-    from kani_nb.engines.sources_config import config_of
     from kani_nb.hardware.budgets import budgets_here, budgets_of
     from kani_nb.hardware.planner import make_plan
     from kani_nb.hardware.shape_reading import shape_of
@@ -147,17 +146,8 @@ def plan_model(
         spec = gguf.config_from
     if progress is not None:
         progress(LoadProgress("reading", "the configuration"))
-    offline = ""
-    try:
-        source = config_of(spec, revision=revision, token=token, progress=progress, cancelled=cancelled)
-        config, file_bytes = source.config, source.file_bytes
-    except ModelUnavailableError as error:
-        end_if(cancelled, model)
-        known = _known_config(spec) if revision is None else None
-        if known is None:
-            raise
-        config, file_bytes = known, None
-        offline = f"from the sizes that ship with kani_nb, since the Hub could not be asked: {error.why or error.what}"
+    source = find_config(spec, revision=revision, token=token, progress=progress, cancelled=cancelled)
+    config, file_bytes, offline = source.config, source.file_bytes, source.note
     end_if(cancelled, model)
     cpu_speeds = None
     if gguf is not None:
@@ -182,6 +172,57 @@ def plan_model(
         file_bytes=file_bytes,
     )
     return replace(plan, notes=(*plan.notes, offline)) if offline else plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundConfig:
+    """A model's configuration.
+
+    Attributes:
+        config: transformers' configuration object.
+        file_bytes: of the weight files; None where that is not known.
+        note: where it is not the model's own, a sentence about that.
+    """
+
+    config: Any
+    file_bytes: int | None = None
+    note: str = ""
+
+
+def find_config(
+    spec: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    progress: ProgressCallback | None = None,
+    cancelled: threading.Event | None = None,
+) -> FoundConfig:
+    """The configuration of `spec`; where the Hub cannot be asked, the sizes that ship with us for some. Blocks.
+
+    Raises:
+        UnknownModelError, ModelUnavailableError, GatedModelError, ModelFilesError: it cannot be had.
+    """
+    from kani_nb.engines.sources_config import config_of
+
+    try:
+        source = config_of(
+            spec,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            cancelled=cancelled,
+        )
+    except ModelUnavailableError as error:
+        end_if(cancelled, spec)
+        known = _known_config(spec) if revision is None else None
+        if known is None:
+            raise
+        why = error.why or error.what
+        note = f"from the sizes that ship with kani_nb, since the Hub could not be asked: {why}"
+        return FoundConfig(config=known, note=note)
+    return FoundConfig(config=source.config, file_bytes=source.file_bytes)
 
 
 def speeds_of(budgets: Iterable[Budget]) -> Mapping[str, float] | None:

@@ -144,11 +144,7 @@ def _from_path(path: Path, allow_pickle: bool) -> ModelSource:
         origin = f"folder {path}" + (f", from {stamp['origin']}" if stamp and "origin" in stamp else "")
         return ModelSource(path, None, origin, "folder", size)
     if not path.exists():
-        near = [each.name for each in _siblings(path)]
-        raise UnknownModelError(
-            f"there is no file or folder {path}",
-            fix=did_you_mean(path.name, near) or f"the current folder is {Path.cwd()}",
-        )
+        raise unknown_model(str(path))
     if path.suffix.lower() != ".gguf":
         raise refuse_or_explain(path)
     header = read_gguf_header(path)
@@ -170,7 +166,13 @@ def _siblings(path: Path) -> list[Path]:
 
 
 def unknown_model(name: str) -> UnknownModelError:
-    """The error for a name that nothing has, with the near misses."""
+    """The error for a name or a path that nothing has, with the near misses."""
+    if _looks_like_path(name):
+        path = Path(name).expanduser()
+        near = did_you_mean(path.name, [each.name for each in _siblings(path)])
+        return UnknownModelError(
+            f"there is no file or folder {path}", fix=near or f"the current folder is {Path.cwd()}"
+        )
     return UnknownModelError(
         f"there is no model {name!r}",
         why="it is no alias, no folder, no file, and a repository is written org/model"

@@ -27,13 +27,17 @@ _MAIN_MEMORY_SHARE, _MAIN_MEMORY_BYTES = 0.05, _GIB
 
 
 def budgets_here(
-    max_memory: str | Mapping[Any, Any] | None = None, *, with_bandwidth: bool = False
+    max_memory: str | Mapping[Any, Any] | None = None,
+    *,
+    with_bandwidth: bool = False,
+    also_free: Mapping[str, int] | None = None,
 ) -> tuple[Budget, ...]:
     """The devices of this machine with what is free of them now, the CPU last. Loads torch.
 
     Args:
         max_memory: most of each device, as `0=10GiB,cpu=30GiB` or a dict; `disk` adds one.
         with_bandwidth: find out how fast each is read too, which takes about 0.2 s for main memory.
+        also_free: bytes by device that are held now and will have been given back.
 
     Raises:
         ConfigError: `max_memory` cannot be read, or names a device that is not there.
@@ -51,7 +55,8 @@ def budgets_here(
         left = LIBRARIES_BYTES if device.name.startswith("cuda") else 0
         if device.name == "cpu":
             left = min(_MAIN_MEMORY_BYTES, int(device.total_bytes * _MAIN_MEMORY_SHARE))
-        usable = max(0, device.free_bytes - left)
+        free = min(device.total_bytes, device.free_bytes + (also_free or {}).get(device.name, 0))
+        usable = max(0, free - left)
         found.append(
             Budget(
                 name=device.name,

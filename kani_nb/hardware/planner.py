@@ -183,12 +183,14 @@ def refusal(
     arguments.pop("chunk_tokens", None)
     tokens = arguments.get("context_tokens") or default_context(shape)
     remedies = _remedies(shape, row, tuple(budgets), name or shape.name, arguments)
-    return DoesNotFitError(
+    error = DoesNotFitError(
         f"{name or shape.name} in {row.dtype if row.settings.is_none else row.label} does not fit: {row.why_not}",
         why=f"{in_words(row.weight_bytes)} of weights, {in_words(row.kv_bytes)} of KV cache at {tokens:,} tokens and "
         f"{in_words(row.working_bytes)} to work in",
         fix="; or ".join(each for each, _ in zip(remedies, range(2), strict=False)),
     )
+    error.row = row
+    return error
 
 
 def _remedies(

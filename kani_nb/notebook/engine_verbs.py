@@ -46,6 +46,12 @@ class EngineVerbs:
         self.table = VerbTable(
             "%engine",
             [
+                Verb(
+                    "panel [MODEL] [OPTIONS of %load_engine]",
+                    "choose a model, its precision and its place by looking, with a memory plan that follows",
+                    self._panel,
+                    parses=True,
+                ),
                 Verb("list", "the engines that are loaded", self._list),
                 Verb("info [NAME]", "what the current engine, or that one, is and holds", self._info),
                 Verb("kinds", "the engines that there are, what each runs and can do", self._kinds),
@@ -76,6 +82,19 @@ class EngineVerbs:
             examples=["%engine plan qwen3-4b", "%engine use second", "%engine save ./smollm2-nf4"],
             hint="%load_engine loads one, %unload_engine NAME frees one",
         )
+
+    def _panel(self, rest: str) -> None:
+        from kani_nb.notebook.panels.showing import can_show_panel
+
+        if not can_show_panel(self.shell):
+            raise ConfigError(
+                "there is no place for a panel here",
+                why="nobody could press it",
+                fix="%load_engine --help, %engine plan",
+            )
+        from kani_nb.notebook.panels.engine_panel import show_engine_panel
+
+        show_engine_panel(rest)
 
     def _list(self, _rest: str) -> None:
         rt = runtime()

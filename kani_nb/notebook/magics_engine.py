@@ -9,19 +9,17 @@ from typing import Any
 
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 
-from kani_nb._amounts import in_words
 from kani_nb._interrupts import Interrupted, InterruptGuard
-from kani_nb._runtime import LoadedEngine, Runtime, UnloadReport, runtime
+from kani_nb._runtime import LoadedEngine, Runtime, runtime
 from kani_nb._waiting import Call
 from kani_nb.config import config_from_args, load_parser
-from kani_nb.engines.base import details_of
 from kani_nb.errors import ConfigError, KaniNbError
 from kani_nb.notebook.engine_verbs import EngineVerbs
 from kani_nb.notebook.holders import Watched, forget_tracebacks
+from kani_nb.notebook.load_words import answering, outcome, unloaded
 from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.notebook.settings import KaniNB
 from kani_nb.notebook.short_errors import short_errors
-from kani_nb.notebook.stat_line import places_in_words
 from kani_nb.notebook.tables import print_text
 from kani_nb.notebook.verbs import unquoted
 from kani_nb.options import LineParser
@@ -123,13 +121,13 @@ class EngineMagics(Magics):
                 if call is not None and call.was_interrupted and is_expected:  # whatever the load made of it
                     left = "" if call.has_ended else "; the load was abandoned, and ends by itself in the background"
                     kept = f"{config.model} was not loaded; what was downloaded is kept"
-                    failure = Interrupted(f"interrupted; {kept}{left}; {_answering(rt)}")
+                    failure = Interrupted(f"interrupted; {kept}{left}; {answering(rt)}")
                     raise failure from None
                 raise
             finally:
                 # Why is said by the error itself.
-                note = {} if failure is None else {"note": _answering(rt)}
-                view.finish(**_outcome(loaded), **note, has_failed=failure is not None)
+                note = {} if failure is None else {"note": answering(rt)}
+                view.finish(**outcome(loaded), **note, has_failed=failure is not None)
                 if held := watched.still_held(self.shell, rt.engines.values()):  # of the one that was freed for it
                     print_text(held)
 
@@ -149,15 +147,15 @@ class EngineMagics(Magics):
             print_text("%unload_engine [NAME]\n\nFree the current engine, or the one of that name.")
             return
         engine = rt.need_engine(name)
-        watched, unloaded = Watched([engine]), weakref.ref(engine)
+        watched, freed = Watched([engine]), weakref.ref(engine)
         del engine
         forget_tracebacks(self.shell)
         with InterruptGuard() as guard:
             # What is being freed is not left half freed: an interrupt is answered when it is done.
             report = Call(rt.loop, rt.unload(name), guard, ask_to_end=lambda: None, grace_s=60.0).result()
             held = watched.still_held(self.shell, rt.engines.values())
-        print_text(_unloaded(report))
-        if any(each.answering_engine is not None and each.answering_engine is unloaded() for each in rt.chats.values()):
+        print_text(unloaded(report))
+        if any(each.answering_engine is not None and each.answering_engine is freed() for each in rt.chats.values()):
             print_text("An answer is still running on it: its memory is freed when that ends (%chat stop ends it).")
         elif held:
             print_text(held)
@@ -175,37 +173,3 @@ class EngineMagics(Magics):
         """
         refuse_secrets(line)
         self.verbs.dispatch(line)
-
-
-def _outcome(loaded: LoadedEngine | None) -> dict[str, Any]:
-    """What the last frame says of a load that succeeded."""
-    if loaded is None:
-        return {}
-    details = details_of(loaded.engine)
-    memory = loaded.engine.memory()
-    precision, scheme = str(details.get("dtype", "")), str(details.get("quantization", "none"))
-    precision = precision if scheme == "none" else f"{scheme}, the rest in {precision}"
-    note, notes = "", str(details.get("notes", ""))
-    if loaded.reused:
-        note = f"loaded already as {loaded.name}; nothing was done"
-    elif loaded.replaced not in (None, loaded.name):
-        note = f"loaded in the place of {loaded.replaced}"
-    return {
-        "origin": str(details.get("origin", "")),
-        "dtype": precision,
-        "held": places_in_words(memory) if memory is not None else "",
-        "note": note,
-        "model": loaded.name if loaded.why else "",
-        "remarks": " ".join(each for each in (loaded.why, "" if loaded.reused else notes) if each),
-    }
-
-
-def _answering(rt: Runtime) -> str:
-    return f"{rt.engine_name} still answers" if rt.engine is not None else "no engine is loaded"
-
-
-def _unloaded(report: UnloadReport) -> str:
-    freed = report.before_bytes - report.after_bytes
-    change = f"{in_words(report.before_bytes)} -> {in_words(report.after_bytes)} in use"
-    held = f"; its weights were {in_words(report.weight_bytes)}" if report.weight_bytes else ""
-    return f"{report.name} is unloaded: {change} ({in_words(max(0, freed))} freed{held})"

@@ -70,6 +70,18 @@ KNOWN_NAMES = (
 )
 
 
+def request_of(config: EngineConfig) -> LoadRequest:
+    """The request that a `%load_engine` line describes.
+
+    Raises:
+        ConfigError: an unknown scheme, a setting that it does not have, or options that exclude each other.
+    """
+    names = {each.name for each in fields(LoadRequest)} & {each.name for each in fields(EngineConfig)}
+    same = {name: getattr(config, name) for name in names - {"quantization", "device_map"}}
+    asked = LoadRequest(name=config.model, device_map=device_map_of(config.device_map), **same)
+    return read_arguments(asked, config.quantization, {})
+
+
 def line_of(request: LoadRequest) -> EngineConfig:
     """What was asked for, as far as a `%load_engine` line can say it."""
     maps = request.device_map

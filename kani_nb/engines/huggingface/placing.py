@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def choose_placing(
     *,
     shape: ModelShape | None = None,
     is_empty: bool = False,
+    also_free: Mapping[str, int] | None = None,
 ) -> Placing:
     """The place and the precision of a model, or an error that says why there is none.
 
@@ -93,6 +94,7 @@ def choose_placing(
         config: the model's configuration.
         shape: what the model is made of, where that has been read before.
         is_empty: count all memory of the devices as free: what does not fit then will not fit whatever is unloaded.
+        also_free: bytes by device that are held now and will have been given back.
 
     Raises:
         ConfigError: the scheme, a setting, the device or the device map cannot be used with this model here.
@@ -113,7 +115,7 @@ def choose_placing(
             why=f"{request.quantization.label} cannot be made of it directly",
             fix="load it without --quant, keep it with %engine save FOLDER, and load that folder with --quant",
         )
-    budgets = _budgets(request, scheme, is_empty=is_empty)
+    budgets = _budgets(request, scheme, is_empty=is_empty, also_free=also_free)
     shape = shape or _shape(config, request)
     first = _first_device(request, budgets)
     precision, row = _fitted((first,), held, scheme, budgets, shape, request, config)
@@ -241,12 +243,14 @@ def _checked_for_map(settings: Quantization, scheme: Scheme, device_map: Any) ->
     return settings
 
 
-def _budgets(request: LoadRequest, scheme: Scheme, *, is_empty: bool) -> tuple[Budget, ...]:
+def _budgets(
+    request: LoadRequest, scheme: Scheme, *, is_empty: bool, also_free: Mapping[str, int] | None
+) -> tuple[Budget, ...]:
     """What may be used here, the devices that the scheme cannot use left out where none was named."""
     from kani_nb.hardware.budgets import budgets_here
     from kani_nb.hardware.placement import parse_max_memory
 
-    budgets = budgets_here(request.max_memory)
+    budgets = budgets_here(request.max_memory, also_free=also_free)
     if is_empty:
         limits = parse_max_memory(request.max_memory)
         budgets = tuple(replace(each, usable_bytes=limits.get(each.name, each.total_bytes)) for each in budgets)

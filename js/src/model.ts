@@ -1,0 +1,17 @@
+/** What anywidget passes to `render`: the part of Jupyter's widget model that we use. */
+
+export interface Model<State extends object> {
+  get<Name extends keyof State & string>(name: Name): State[Name] | undefined;
+  set<Name extends keyof State & string>(name: Name, value: State[Name]): void;
+  save_changes(): void;
+  send(content: unknown): void;
+  on(event: string, listener: (...given: never[]) => void): void;
+  off(event: string, listener: (...given: never[]) => void): void;
+  /** Where the front end gives it: what can interrupt the kernel without the kernel's help. */
+  widget_manager?: { kernel?: { interrupt(): unknown } };
+}
+
+export interface Context<State extends object> {
+  model: Model<State>;
+  el: HTMLElement;
+}

@@ -1,0 +1,270 @@
+"""What the engine panel does: reads its controls, plans, loads, cancels and unloads. Knows nothing of widgets.
+
+Each change is answered at once with the line and the mistakes; the plan follows from a thread, the latest one only.
+Any thread may call; what is shown goes out through one function, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from kani_nb._runtime import Runtime
+from kani_nb.config import EngineConfig
+from kani_nb.engines.base import LoadProgress
+from kani_nb.engines.registry import parse_spec
+from kani_nb.errors import DoesNotFitError, KaniNbError
+from kani_nb.hardware.placement import parse_max_memory
+from kani_nb.hardware.schemes import find_scheme
+from kani_nb.load_preview import LoadPreview, ModelReading, read_model
+from kani_nb.notebook.load_words import answering, outcome, unloaded
+from kani_nb.notebook.panels.engine_form import FormReading, Value, Values, field_of, fields_for, read_form, values_of
+from kani_nb.notebook.panels.engine_view import Busy, engines_view, model_words, plan_view
+from kani_nb.notebook.panels.latest import Latest
+from kani_nb.notebook.stat_line import seconds
+
+_PROGRESS_EVERY_S = 0.2
+_ReadingKey = tuple[str, str | None, bool]
+
+
+class EngineControl:
+    """The engine panel without its face.
+
+    Args:
+        rt: whose engines they are.
+        show: takes the whole view, a JSON-safe record, whenever it changed.
+        config: what the controls say at first.
+    """
+
+    def __init__(self, rt: Runtime, show: Callable[[dict[str, Any]], None], config: EngineConfig) -> None:
+        self._rt = rt
+        self._show = show
+        self._lock = threading.RLock()
+        self._values: Values = values_of(config)
+        self._form = FormReading(config, {})
+        self._readings: dict[_ReadingKey, ModelReading | KaniNbError] = {}
+        self._is_reading = False
+        self._preview: LoadPreview | None = None
+        self._preview_errors: dict[str, str] = {}
+        self._busy: Busy | None = None
+        self._running: Future[None] | None = None
+        self._said: dict[str, str] = {}
+        self._is_closed = False
+        self._reader, self._planner = Latest("kani-nb-panel-read"), Latest("kani-nb-panel-plan")
+        self._cancel_reading = threading.Event()
+        self._unwatch = rt.watch(self.refresh)
+        self.set_values(self._values)
+
+    # -- what the controls say -------------------------------------------------------------------------------------
+
+    @property
+    def values(self) -> Values:
+        """The controls, as they were set."""
+        return dict(self._values)
+
+    @property
+    def form(self) -> FormReading:
+        """What they say."""
+        return self._form
+
+    def set_values(self, values: Mapping[str, Value]) -> None:
+        """Take the controls as they are now. Shows the line and the mistakes at once, and the plan when it is made."""
+        with self._lock:
+            self._values = dict(values)
+            self._form = read_form(self._values)
+            self._preview_errors = {}
+            config = self._form.config
+        if config is not None:
+            self._plan(config)
+        self._publish()
+
+    def refresh(self) -> None:
+        """Plan again, for what is free now."""
+        self.set_values(self._values)
+
+    def wait(self, timeout_s: float = 30.0) -> bool:
+        """Block until the plan is that of the controls; whether that came in time."""
+        ends_at = time.monotonic() + timeout_s
+        return all(each.wait(max(0.0, ends_at - time.monotonic())) for each in (self._reader, self._planner))
+
+    def _plan(self, config: EngineConfig) -> None:
+        key = (config.model, config.revision, config.trust_remote_code)
+        known = self._readings.get(key)
+        if known is None:
+            self._cancel_reading.set()
+            self._cancel_reading = cancelled = threading.Event()
+            self._is_reading, self._preview = True, None
+            self._reader.submit(lambda: self._read(config, key, cancelled))
+        elif isinstance(known, KaniNbError):
+            self._preview = None
+            self._preview_errors = {field_of(known, ("revision", "trust_remote_code")) or "model": str(known)}
+        else:
+            self._planner.submit(lambda: self._make_preview(config, known))
+
+    def _read(self, config: EngineConfig, key: _ReadingKey, cancelled: threading.Event) -> None:
+        try:
+            found: ModelReading | KaniNbError = read_model(config, cancelled=cancelled)
+        except KaniNbError as error:
+            found = error
+        if cancelled.is_set() or self._is_closed:
+            return
+        with self._lock:
+            # What was not to be had may be there the next time it is asked for.
+            self._readings = {name: each for name, each in self._readings.items() if isinstance(each, ModelReading)}
+            self._readings[key] = found
+            self._is_reading = False
+            now = self._form.config
+        if now is not None:
+            self._plan(now)
+        self._publish()
+
+    def _make_preview(self, config: EngineConfig, reading: ModelReading) -> None:
+        preview = reading.preview(config, also_free=self._rt.given_back())
+        with self._lock:
+            if self._form.config != config:
+                return  # a newer one is on its way
+            self._preview = preview
+            error = preview.error
+            about = "" if error is None or isinstance(error, DoesNotFitError) else field_of(error)
+            self._preview_errors = {about: str(error)} if about else {}
+        self._publish()
+
+    # -- what the buttons do ---------------------------------------------------------------------------------------
+
+    def load(self) -> bool:
+        """Load what the controls say; whether that was begun."""
+        with self._lock:
+            config = self._form.config
+            if config is None or self._busy is not None:
+                return False
+            self._busy, self._said = Busy(f"Loading {config.model}"), {}
+        self._running = self._rt.loop.submit(self._load(config))
+        self._publish()
+        return True
+
+    def unload(self, name: str) -> bool:
+        """Free the engine of that name; whether that was begun."""
+        with self._lock:
+            if self._busy is not None:
+                return False
+            self._busy, self._said = Busy(f"Unloading {name}", can_cancel=False), {}
+        self._running = self._rt.loop.submit(self._unload(name))
+        self._publish()
+        return True
+
+    def cancel(self) -> bool:
+        """Give up the load that runs; whether there was one."""
+        with self._lock:
+            if self._busy is None or not self._busy.can_cancel or self._running is None:
+                return False
+            self._busy = replace(self._busy, title="Cancelling", can_cancel=False)
+        self._publish()
+        return self._running.cancel()
+
+    def close(self) -> None:
+        """Let go of the runtime. A load goes on; nothing is shown any more. Safe to call twice."""
+        self._is_closed = True
+        self._unwatch()
+        self._cancel_reading.set()
+        self._reader.close()
+        self._planner.close()
+
+    async def _load(self, config: EngineConfig) -> None:
+        assert self._busy is not None
+        started_at, ticking = self._busy.started_at, asyncio.ensure_future(self._tick())
+        try:
+            loaded = await self._rt.load(config, progress=self._progress)
+            words = outcome(loaded)
+            took = words["note"] or f"loaded in {seconds(time.monotonic() - started_at)}"
+            line = " · ".join(
+                each for each in (loaded.name, words["origin"], words["dtype"], words["held"], took) if each
+            )
+            self._end(line, remarks=words["remarks"])
+        except asyncio.CancelledError:
+            self._end(f"Cancelled: {config.model} was not loaded; what was downloaded is kept; {answering(self._rt)}")
+        except KaniNbError as error:
+            self._end(str(error), is_error=True)
+        except Exception as error:  # noqa: BLE001 - shown where the person looks; there is no cell for a traceback
+            self._end(f"{type(error).__name__}: {error}", is_error=True)
+        finally:
+            ticking.cancel()
+
+    async def _unload(self, name: str) -> None:
+        try:
+            self._end(unloaded(await self._rt.unload(name)))
+        except KaniNbError as error:
+            self._end(str(error), is_error=True)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_PROGRESS_EVERY_S)
+            self._publish()
+
+    def _progress(self, event: LoadProgress) -> None:
+        with self._lock:
+            if self._busy is not None:
+                self._busy = replace(self._busy, stages=self._busy.with_progress(event))
+
+    def _end(self, text: str, *, remarks: str = "", is_error: bool = False) -> None:
+        with self._lock:
+            self._busy, self._running = None, None
+            self._said = {"text": text, "remarks": remarks, "kind": "error" if is_error else "done"}
+        self.refresh()
+
+    # -- what is shown ---------------------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        with self._lock:
+            if not self._is_closed:
+                self._show(self._view())
+
+    def _view(self) -> dict[str, Any]:
+        config = self._form.config
+        model = str(self._values.get("model") or "")
+        reading = self._reading_of(config)
+        return {
+            "line": config.to_line() if config is not None else "",
+            "errors": {**self._form.errors, **self._preview_errors},
+            "shown": sorted(self._shown_fields(model)),
+            "model": {**model_words(reading), "is_reading": self._is_reading},
+            "plan": plan_view(self._preview) if self._preview is not None else None,
+            "blocks": list(reading.shape.blocks) if reading is not None and reading.shape is not None else [],
+            "limits": self._limits(),
+            "busy": self._busy.to_dict() if self._busy is not None else None,
+            "said": dict(self._said),
+            "engines": self._engines(),
+        }
+
+    def _reading_of(self, config: EngineConfig | None) -> ModelReading | None:
+        if config is None:
+            return None
+        found = self._readings.get((config.model, config.revision, config.trust_remote_code))
+        return found if isinstance(found, ModelReading) else None
+
+    def _shown_fields(self, model: str) -> set[str]:
+        try:
+            engine = parse_spec(model).engine if model.strip() else "hf"
+            knobs = find_scheme(str(self._values.get("scheme") or "none")).knobs
+        except KaniNbError:
+            engine, knobs = "hf", frozenset()
+        # What is set, or wrong, can be seen and changed.
+        given = {name for name, value in self._values.items() if value not in (None, "", False, [])}
+        return fields_for(engine, knobs) | given | set(self._form.errors)
+
+    def _limits(self) -> dict[str, int]:
+        given = self._values.get("max_memory")
+        try:
+            return parse_max_memory(given if isinstance(given, str) and given.strip() else None)
+        except KaniNbError:
+            return {}
+
+    def _engines(self) -> list[dict[str, Any]]:
+        engines = self._rt.engines
+        configs = {name: self._rt.config_of(name) for name in engines}
+        lines = {name: config.to_line() for name, config in configs.items() if config is not None}
+        return engines_view(engines, self._rt.engine_name, lines)

@@ -1,0 +1,55 @@
+"""Work whose latest request is all that matters: in a thread of its own, what was asked for in between is skipped."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class Latest:
+    """Runs one job at a time in a daemon thread; a job that waits is replaced by a newer one.
+
+    Args:
+        name: of the thread, which lives only while there is something to do.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._changed = threading.Condition()
+        self._waiting: Callable[[], None] | None = None
+        self._is_running = False
+        self._is_closed = False
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job` as soon as the present one has ended, unless another is submitted before. Any thread."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._waiting = job
+            if not self._is_running:
+                self._is_running = True
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until there is nothing to do; whether that came in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._is_running, timeout_s)
+
+    def close(self) -> None:
+        """Drop what waits, and take nothing more. What runs is left to end. Safe to call twice."""
+        with self._changed:
+            self._is_closed = True
+            self._waiting = None
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    job, self._waiting = self._waiting, None
+                    if job is None:
+                        return
+                job()
+        finally:
+            with self._changed:
+                self._is_running = False
+                self._changed.notify_all()

@@ -1,0 +1,54 @@
+"""How a panel is put into a cell: the widget, and below it a static twin that is seen where the widget is not.
+
+A saved widget is no record: reopened, front ends show "model not found" in its place. So the cell's second output
+says the same in static HTML; the panel's style hides it while the panel lives, and its own hides what is left of a
+panel that does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kani_nb.notebook.surface import SurfaceKind, surface_kind
+
+#: Hides the dead line of a widget, wherever our static twin stands in the same cell and no panel lives.
+TWIN_STYLE = (
+    "<style>.jp-OutputArea:not(:has(.kani-live))>.jp-OutputArea-child:has(.jupyter-widgets,.jupyter-widgets-error-widget,"
+    ".jp-OutputArea-output[data-mime-type*='widget-view']):has(~.jp-OutputArea-child .kani-twin){display:none}"
+    ".jp-OutputArea:has(.kani-live) .kani-twin{display:none}</style>"
+)
+
+
+class ShownPanel:
+    """A panel in the running cell. The twin may be updated from any thread.
+
+    Args:
+        widget: an anywidget.
+        twin: `text/html` and `text/plain` of the same, safe already.
+    """
+
+    def __init__(self, widget: Any, twin: Mapping[str, str]) -> None:
+        from IPython.display import display
+
+        # Not `display(widget)`: the ipywidgets of Colab would put its own text beside it.
+        shown = widget._repr_mimebundle_()
+        bundle, metadata = shown if isinstance(shown, tuple) else (shown, {})
+        display(dict(bundle), metadata=metadata, raw=True)
+        self._handle = display(_marked(twin), raw=True, display_id=True)
+
+    def update(self, twin: Mapping[str, str]) -> None:
+        """Replace the twin."""
+        if self._handle is not None:
+            self._handle.update(_marked(twin), raw=True)
+
+
+def can_show_panel(shell: Any) -> bool:
+    """Whether a widget can be seen and pressed there."""
+    from kani_nb.notebook.shell import can_ask
+
+    return surface_kind(shell) is SurfaceKind.LIVE and can_ask(shell)
+
+
+def _marked(twin: Mapping[str, str]) -> dict[str, str]:
+    return {**twin, "text/html": f'{TWIN_STYLE}<div class="kani-twin">{twin.get("text/html", "")}</div>'}

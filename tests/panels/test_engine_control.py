@@ -1,0 +1,164 @@
+"""The panel's buttons on real models: planned, loaded, given up and freed, with everything that is said on the way."""
+
+import threading
+import time
+
+import pytest
+
+from kani_nb.config import EngineConfig
+from kani_nb.engines.base import BaseEngine, LoadProgress
+from kani_nb.notebook.panels.engine_control import EngineControl
+
+
+class Screen:
+    """Keeps every view."""
+
+    def __init__(self):
+        self.views = []
+        self._changed = threading.Condition()
+
+    def __call__(self, view):
+        with self._changed:
+            self.views.append(view)
+            self._changed.notify_all()
+
+    @property
+    def now(self):
+        return self.views[-1]
+
+    def wait_for(self, claim, timeout_s=60):
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.views and claim(self.views[-1]), timeout_s), self.views[-1]
+            return self.views[-1]
+
+
+@pytest.fixture
+def screen():
+    return Screen()
+
+
+@pytest.fixture
+def control(clean_runtime, screen, tiny_model):
+    made = EngineControl(clean_runtime, screen, EngineConfig(str(tiny_model), dtype="float32", threads=1))
+    assert made.wait()
+    yield made
+    made.close()
+
+
+def changed(control, **changes):
+    control.set_values({**control.values, **changes})
+    assert control.wait()
+
+
+def test_the_plan_follows_each_change_and_nothing_is_loaded(control, screen, clean_runtime):
+    first = screen.now
+    assert first["plan"]["fits"] is True
+    assert first["line"].endswith("--dtype=float32 --threads=1")
+    changed(control, scheme="cpu-int8")
+    held = [view["plan"]["devices"][-1]["weights"] for view in (first, screen.now)]
+    assert held[1] < 0.6 * held[0]
+    assert "--quant=cpu-int8" in screen.now["line"]
+    changed(control, max_memory="cpu=0.1MiB")
+    plan = screen.now["plan"]
+    assert (plan["fits"], plan["devices"][-1]["is_over"]) == (False, True)
+    assert "too much" in plan["devices"][-1]["words"]
+    assert clean_runtime.engines == {}
+
+
+def test_a_load_shows_its_stages_and_what_it_took_and_an_unload_what_it_gave_back(control, screen, clean_runtime):
+    assert control.load()
+    assert not control.load(), "one at a time"
+    done = screen.wait_for(lambda view: view["busy"] is None and view["said"])
+    assert done["said"]["kind"] == "done"
+    assert "float32" in done["said"]["text"]
+    assert " loaded in " in done["said"]["text"]
+    (engine,) = done["engines"]
+    assert engine["is_current"]
+    assert clean_runtime.config_of(engine["name"]) == control.form.config
+    assert control.unload(engine["name"])
+    done = screen.wait_for(lambda view: view["busy"] is None and "unloaded" in view["said"].get("text", ""))
+    assert "freed" in done["said"]["text"]
+    assert done["engines"] == []
+    assert clean_runtime.engines == {}
+
+
+def test_a_load_that_fails_says_why_and_leaves_the_engine_that_was_there(control, screen, clean_runtime, tmp_path):
+    control.load()
+    screen.wait_for(lambda view: view["engines"])
+    changed(control, model=str(tmp_path / "nothing"))
+    assert "nothing" in screen.now["errors"]["model"]
+    control.load()
+    done = screen.wait_for(lambda view: view["busy"] is None and view["said"].get("kind") == "error")
+    assert done["said"]["text"] == done["errors"]["model"]
+    assert len(clean_runtime.engines) == 1
+
+
+class SlowEngine(BaseEngine):
+    """Takes as long to load as it is let."""
+
+    max_context_size = 100
+    may_end = threading.Event()
+
+    def __init__(self, model=""):
+        self.is_ready = False
+
+    def prompt_len(self, messages, functions=None, **kwargs):
+        return 1
+
+    @property
+    def is_loaded(self):
+        return self.is_ready
+
+    async def load(self, progress=None):
+        import asyncio
+
+        progress(LoadProgress("reading", "the first half", 0.5))
+        while not self.may_end.is_set():
+            await asyncio.sleep(0.01)
+        self.is_ready = True
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    from kani_nb.engines import registry
+
+    monkeypatch.setitem(registry._OURS, "slow", f"{__name__}:SlowEngine")
+    SlowEngine.may_end.clear()
+    return SlowEngine
+
+
+def test_a_load_can_be_given_up(control, screen, clean_runtime, slow):
+    changed(control, model="slow:", dtype=None, threads=None)
+    control.load()
+    view = screen.wait_for(lambda view: view["busy"] and view["busy"]["fraction"] == 0.5)
+    assert view["busy"]["stage"] == "reading the first half"
+    assert control.cancel()
+    done = screen.wait_for(lambda view: view["busy"] is None)
+    assert done["said"]["text"].startswith("Cancelled: slow: was not loaded")
+    assert "no engine is loaded" in done["said"]["text"]
+    assert clean_runtime.engines == {}
+    assert not control.cancel()
+
+
+def test_what_others_load_and_free_is_shown(control, screen, clean_runtime):
+    clean_runtime.load_sync(EngineConfig("echo"))
+    assert [each["name"] for each in screen.wait_for(lambda view: view["engines"])["engines"]] == ["echo"]
+    clean_runtime.unload_sync("echo")
+    screen.wait_for(lambda view: not view["engines"])
+
+
+def test_the_memory_of_the_engine_that_will_be_replaced_counts_as_free(control, screen, clean_runtime, tiny_model):
+    control.load()
+    screen.wait_for(lambda view: view["engines"] and view["busy"] is None)
+    given_back = clean_runtime.given_back()
+    memory = next(iter(clean_runtime.engines.values())).memory()
+    assert given_back == {"cpu": memory.weight_bytes + memory.kv_bytes}
+
+
+def test_nothing_is_shown_after_the_panel_is_closed(control, screen, clean_runtime):
+    control.close()
+    count = len(screen.views)
+    clean_runtime.load_sync(EngineConfig("echo"))
+    control.refresh()
+    time.sleep(0.05)
+    assert len(screen.views) == count
