@@ -144,7 +144,7 @@ def _from_path(path: Path, allow_pickle: bool) -> ModelSource:
         origin = f"folder {path}" + (f", from {stamp['origin']}" if stamp and "origin" in stamp else "")
         return ModelSource(path, None, origin, "folder", size)
     if not path.exists():
-        raise unknown_model(str(path))
+        raise _unknown_path(path)
     if path.suffix.lower() != ".gguf":
         raise refuse_or_explain(path)
     header = read_gguf_header(path)
@@ -168,11 +168,7 @@ def _siblings(path: Path) -> list[Path]:
 def unknown_model(name: str) -> UnknownModelError:
     """The error for a name or a path that nothing has, with the near misses."""
     if _looks_like_path(name):
-        path = Path(name).expanduser()
-        near = did_you_mean(path.name, [each.name for each in _siblings(path)])
-        return UnknownModelError(
-            f"there is no file or folder {path}", fix=near or f"the current folder is {Path.cwd()}"
-        )
+        return _unknown_path(Path(name).expanduser())
     return UnknownModelError(
         f"there is no model {name!r}",
         why="it is no alias, no folder, no file, and a repository is written org/model"
@@ -180,6 +176,11 @@ def unknown_model(name: str) -> UnknownModelError:
         else "neither a folder nor a repository of that name was found",
         fix=_near(name) or f"the aliases are {', '.join(ALIASES)}",
     )
+
+
+def _unknown_path(path: Path) -> UnknownModelError:
+    near = did_you_mean(path.name, [each.name for each in _siblings(path)])
+    return UnknownModelError(f"there is no file or folder {path}", fix=near or f"the current folder is {Path.cwd()}")
 
 
 def _near(name: str) -> str:
