@@ -23,16 +23,6 @@ def say(number):
     kani_nb.runtime().engine.reply = answers[number]
     return f'<img src=x onerror="window.pwned=1"><b>{number}</b>'
 """
-MORE = {
-    "svg animation": "<svg><animate onbegin=alert(1) attributeName=x dur=1s>",
-    "style address": "<p style=\"background:url('https://evil.example/s.png')\">x</p>",
-    "link preload": '<link rel="preload" href="https://evil.example/p.js" as="script">',
-    "srcset": '<img srcset="https://evil.example/s.png 2x">',
-    "video poster": '<video poster="https://evil.example/v.png" autoplay src="https://evil.example/v.mp4"></video>',
-    "markdown in the info string": '```html" onload="window.pwned=1\n<img src=x onerror=window.pwned=1>\n```',
-    "widget view": '<script type="application/vnd.jupyter.widget-view+json">{"model_id": "x"}</script>',
-    "lab's own attribute": '<a href="#" data-commandlinker-command="notebook:run-cell">x</a>',
-}
 
 # Looks at every answer after every change of the page; MathJax draws with elements of its own.
 GUARD = """() => {
@@ -75,7 +65,7 @@ def test_the_traps_catch_what_runs(server: JupyterServer, browser: Chromium):
 
 
 def test_no_answer_runs_or_asks_for_anything(server: JupyterServer, browser: Chromium):
-    answers = [f"Sure!\n\n{attack}\n\nDone." for attack in (ATTACKS | MORE).values()]
+    answers = [f"Sure!\n\n{attack}\n\nDone." for attack in ATTACKS.values()]
     (server.root / "answers.json").write_text(json.dumps(answers))
     cells = [f"%%chat --append\n{{{{say({number})}}}}" for number in range(len(answers))]
     server.write("hostile.ipynb", [PREPARE, *cells])

