@@ -7,20 +7,17 @@ which builds on this.
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kani_nb._loop import LoopThread
+from kani_nb._loop import LoopThread, tell
 from kani_nb.config import EngineConfig
 from kani_nb.engines.base import BaseEngine, ProgressCallback
 from kani_nb.engines.registry import create_engine
 from kani_nb.engines.worker import Slot, run_in_thread
 from kani_nb.errors import ConfigError, KaniNbError, NoEngineError, did_you_mean
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +73,6 @@ class EngineRoster:
         self._watchers.append(changed)
         return lambda: self._watchers.remove(changed) if changed in self._watchers else None
 
-    def _tell(self) -> None:
-        for changed in list(self._watchers):
-            try:
-                changed()
-            except Exception:  # noqa: BLE001 - whoever only looks must not harm what is done
-                _LOG.exception("a watcher of the engines failed")
-
     def given_back(self) -> dict[str, int]:
         """Bytes by device that the next load without a name of its own will free before it begins."""
         engine = self._engines.get(self._replaceable or "")
@@ -132,7 +122,7 @@ class EngineRoster:
         """
         if isinstance(engine, str):
             self._current = self._known(engine)
-            self._tell()
+            tell(self._watchers)
             return self._engines[engine]
         if not isinstance(engine, BaseEngine):
             raise ConfigError(
@@ -143,7 +133,7 @@ class EngineRoster:
             self._engines[chosen] = engine
             self._configs.pop(chosen, None)
             self._current = chosen
-        self._tell()
+        tell(self._watchers)
         return engine
 
     async def load(
@@ -170,7 +160,7 @@ class EngineRoster:
         try:
             return await self._find_or_load(config, name, progress)
         finally:
-            self._tell()
+            tell(self._watchers)
 
     async def _find_or_load(
         self, config: EngineConfig, name: str | None, progress: ProgressCallback | None
@@ -238,7 +228,7 @@ class EngineRoster:
         try:
             return await self.loop.run(self._unload(name))
         finally:
-            self._tell()
+            tell(self._watchers)
 
     def unload_sync(self, name: str | None = None) -> UnloadReport:
         """`unload`, blocking the calling thread."""

@@ -4,7 +4,7 @@ export interface Model<State extends object> {
   get<Name extends keyof State & string>(name: Name): State[Name] | undefined;
   set<Name extends keyof State & string>(name: Name, value: State[Name]): void;
   save_changes(): void;
-  send(content: unknown): void;
+  send(content: unknown, callbacks?: undefined, buffers?: ArrayBuffer[]): void;
   on(event: string, listener: (...given: never[]) => void): void;
   off(event: string, listener: (...given: never[]) => void): void;
   /** Where the front end gives it: what can interrupt the kernel without the kernel's help. */

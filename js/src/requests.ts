@@ -16,11 +16,15 @@ export class Requests<State extends object> {
   private readonly open = new Map<string, () => void>();
   private count = 0;
 
-  /** @param complain shows what went wrong; an empty text takes it away. */
+  /**
+   * @param complain shows what went wrong; an empty text takes it away.
+   * @param answered gets every answer.
+   */
   constructor(
     private readonly scope: Scope,
     private readonly model: Model<State>,
     private readonly complain: (text: string) => void,
+    answered: (answer: Answer) => void = () => undefined,
   ) {
     scope.on(model, "msg:custom", (answer: Answer | undefined) => {
       const settle = answer?.id === undefined ? undefined : this.open.get(answer.id);
@@ -28,16 +32,19 @@ export class Requests<State extends object> {
       this.open.delete(answer.id);
       settle();
       this.complain(answer.kind === "error" ? (answer.why ?? "it failed") : "");
+      answered(answer);
     });
   }
 
-  /** Send one message. */
-  send(kind: string, more: Record<string, unknown> = {}): void {
+  /** Send one message; its id. */
+  send(kind: string, more: Record<string, unknown> = {}, buffers: ArrayBuffer[] = []): string {
     const id = `${Date.now().toString(36)}-${++this.count}`;
     const stop = this.scope.after(PATIENCE_MS, () =>
       this.complain("The kernel has not answered yet: it is busy, or gone. What was asked is done when it is free."),
     );
     this.open.set(id, stop);
-    this.model.send({ kind, id, ...more });
+    if (buffers.length) this.model.send({ kind, id, ...more }, undefined, buffers);
+    else this.model.send({ kind, id, ...more });
+    return id;
   }
 }

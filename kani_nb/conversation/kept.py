@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from kani_nb._loop import tell
 from kani_nb.conversation.running_turn import RunningTurn
 from kani_nb.conversation.store import ConversationStore
 from kani_nb.conversation.tree import Conversation, Turn
@@ -32,6 +33,12 @@ class KeptConversation:
         self._round: RunningTurn | None = None
         self._early_stop = ""
         self._is_in_step = True
+        self._watchers: list[Callable[[], None]] = []
+
+    def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Have `changed` called after each change, on the thread that made it; the result ends that."""
+        self._watchers.append(changed)
+        return lambda: self._watchers.remove(changed) if changed in self._watchers else None
 
     @property
     def conversation(self) -> Conversation:
@@ -135,6 +142,7 @@ class KeptConversation:
             with self._lock:
                 self._is_busy = False
                 self._round = None
+            tell(self._watchers)
 
     def _write(self, change: Callable[[ConversationStore], None]) -> None:
         """Make `change` in the store, or write the whole conversation where the store has fallen behind."""

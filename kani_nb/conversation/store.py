@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sqlite3
 import threading
@@ -89,6 +90,25 @@ class ConversationStore:
             ConversationSummary(_unpacked(row[0]), _unpacked(row[1]), _unpacked(row[2]), row[3], row[4], row[5])
             for row in rows
         ]
+
+    def search(self, text: str, notebook: str | None = None) -> set[str]:
+        """Ids of the conversations in which somebody said `text`, in whichever case; of one notebook, or of all."""
+        # The record is JSON: it narrows the search, and each find is looked at.
+        wanted = json.dumps(text, ensure_ascii=False)[1:-1]
+        # SQLite folds the case of ASCII alone.
+        pattern = "%" + re.sub(r"([%_!])", r"!\1", wanted) + "%" if text.isascii() else "%"
+        query = (
+            "SELECT t.conversation_id, t.record FROM turns t JOIN conversations c ON c.id = t.conversation_id "
+            "WHERE (t.record LIKE ? ESCAPE '!' OR typeof(t.record) = 'blob') AND (? IS NULL OR c.notebook = ?)"
+        )
+        with self._open() as connection:
+            rows = connection.execute(query, (pattern, notebook, notebook)).fetchall()
+        folded = text.casefold()
+        return {
+            conversation_id
+            for conversation_id, record in rows
+            if any(folded in message.text.casefold() for message in _decode_turn(record).messages)
+        }
 
     def load(self, conversation_id: str) -> Conversation:
         """The conversation with all its branches; answers whose process has died meanwhile are in it.

@@ -13,7 +13,6 @@ from kani_nb._runtime import runtime
 from kani_nb.config import split_options
 from kani_nb.errors import ConfigError, ConversationError, PromptError
 from kani_nb.generation_params import GenerationParams
-from kani_nb.metrics.recorder import GenerationMetrics
 from kani_nb.notebook.chat_tools import tools_verb
 from kani_nb.notebook.interpolation import interpolate
 from kani_nb.notebook.shell import front_end
@@ -24,18 +23,20 @@ from kani_nb.options import GENERATION_OPTIONS, LineParser
 if TYPE_CHECKING:
     from kani_nb.conversation.session import ChatReply, ChatSession, Prompt
     from kani_nb.conversation.tree import Conversation, Turn
+    from kani_nb.notebook.stop_bus import StopBus
 
 Answer = Callable[..., "ChatReply"]
 
 _WIDE = 60
 
 
-def chat_verbs(shell: Any, answer: Answer) -> VerbTable:
+def chat_verbs(shell: Any, answer: Answer, bus: StopBus) -> VerbTable:
     """The verbs of `%chat`. `answer(session, open_stream, prompt)` runs a round in this cell."""
-    looks, changes, keeps = _Looks(shell), _Changes(shell, answer), _Keeps(shell)
+    looks, changes, keeps = _Looks(shell, bus), _Changes(shell, answer), _Keeps(shell)
     return VerbTable(
         "%chat",
         [
+            Verb("panel", "a pane of this conversation: ask, stop, edit, switch by clicking", looks.panel),
             Verb("history", "the turns of this conversation", looks.history),
             Verb("show", "all of it, as it was answered", looks.show),
             Verb("undo [N]", "take back the last turns; they stay as a branch", changes.undo),
@@ -85,8 +86,17 @@ def _generation_parser(prog: str) -> LineParser:
 class _Looks:
     """Verbs that change nothing."""
 
-    def __init__(self, shell: Any) -> None:
+    def __init__(self, shell: Any, bus: StopBus) -> None:
         self._shell = shell
+        self._bus = bus
+
+    def panel(self, _rest: str) -> None:
+        from kani_nb.notebook.panels.showing import need_place_for_panel
+
+        need_place_for_panel(self._shell, "%%chat --help")
+        from kani_nb.notebook.panels.chat_panel import show_chat_panel
+
+        show_chat_panel(self._bus)
 
     def history(self, _rest: str) -> None:
         session = runtime().chat
@@ -306,24 +316,10 @@ class _Keeps:
 
 
 def _show_turn(turn: Turn) -> None:
-    from kani_nb.notebook.render import markdown_to_html
-    from kani_nb.notebook.stat_line import stat_line
     from kani_nb.notebook.surface import Surface, SurfaceKind
-    from kani_nb.notebook.thumbnails import prompt_html
-    from kani_nb.notebook.transcript import TurnText, prompt_text, step_texts
+    from kani_nb.notebook.turn_text import text_of_turn
 
-    text = turn.answer.text if turn.answer is not None else ""
-    bundle = TurnText(
-        prompt=prompt_text(_as_prompt(turn.prompt.content)),
-        prompt_html=prompt_html(_as_prompt(turn.prompt.content)),
-        answer=text,
-        answer_html=markdown_to_html(text),
-        model=turn.model or "Assistant",
-        reasoning="\n\n".join(filter(None, (each.reasoning for each in turn.messages))),
-        steps=step_texts(turn.messages),
-        notes=("interrupted",) if turn.interrupted and not turn.metrics else (),
-        stat=stat_line(GenerationMetrics.from_dict(turn.metrics)) if turn.metrics else "",
-    ).to_bundle()
+    bundle = text_of_turn(turn).to_bundle()
     surface = Surface()
     if surface.kind is SurfaceKind.TERMINAL:
         surface.write(bundle["text/plain"] + "\n\n")

@@ -84,14 +84,9 @@ class EngineVerbs:
         )
 
     def _panel(self, rest: str) -> None:
-        from kani_nb.notebook.panels.showing import can_show_panel
+        from kani_nb.notebook.panels.showing import need_place_for_panel
 
-        if not can_show_panel(self.shell):
-            raise ConfigError(
-                "there is no place for a panel here",
-                why="nobody could press it",
-                fix="%load_engine --help, %engine plan",
-            )
+        need_place_for_panel(self.shell, "%load_engine --help")
         from kani_nb.notebook.panels.engine_panel import show_engine_panel
 
         show_engine_panel(rest)

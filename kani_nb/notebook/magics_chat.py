@@ -102,7 +102,7 @@ class ChatMagics(Magics):
         super().__init__(shell)
         self._settings = settings
         self._bus = bus
-        self.verbs = chat_verbs(shell, self.answer)
+        self.verbs = chat_verbs(shell, self.answer, bus)
 
     @no_var_expand
     @line_cell_magic

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kani_nb.errors import ConfigError
+from kani_nb.notebook.shell import can_ask
 from kani_nb.notebook.surface import SurfaceKind, surface_kind
 
 #: Hides the dead line of a widget, wherever our static twin stands in the same cell and no panel lives.
@@ -45,9 +47,17 @@ class ShownPanel:
 
 def can_show_panel(shell: Any) -> bool:
     """Whether a widget can be seen and pressed there."""
-    from kani_nb.notebook.shell import can_ask
-
     return surface_kind(shell) is SurfaceKind.LIVE and can_ask(shell)
+
+
+def need_place_for_panel(shell: Any, instead: str) -> None:
+    """Refuse a panel where nobody could press it.
+
+    Raises:
+        ConfigError: it names the command to use instead.
+    """
+    if not can_show_panel(shell):
+        raise ConfigError("there is no place for a panel here", why="nobody could press it", fix=instead)
 
 
 def _marked(twin: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,95 @@
+/** What opens beside the conversation: the list of conversations, and how answers are generated. */
+
+import { element } from "../dom";
+import type { Scope } from "../scope";
+import type { Chat } from "./types";
+
+const PARAMS = [
+  ["max_new_tokens", "Most new tokens", "512"],
+  ["temperature", "Temperature", "the model's"],
+  ["top_p", "Top p", "the model's"],
+  ["top_k", "Top k", "the model's"],
+  ["repetition_penalty", "Repetition penalty", "the model's"],
+  ["seed", "Seed", "random"],
+] as const;
+
+/** The conversations, found by name and by what was said in them. */
+export class ChatList {
+  readonly node: HTMLElement;
+  private readonly search = element("input", { type: "search", "aria-label": "Search conversations", placeholder: "Search" });
+  private readonly list = element("ul", { class: "kn-chats", "aria-label": "Conversations" });
+
+  constructor(
+    private readonly scope: Scope,
+    ask: (query: string) => void,
+    private readonly open: (name: string) => void,
+    begin: () => void,
+  ) {
+    let cancel: (() => void) | undefined;
+    scope.listen(this.search, "input", () => {
+      cancel?.();
+      cancel = scope.after(250, () => ask(this.search.value));
+    });
+    scope.listen(this.search, "keydown", (event) => event.stopPropagation());
+    const fresh = element("button", { type: "button" }, "New conversation");
+    scope.listen(fresh, "click", begin);
+    this.node = element("section", { class: "kn-drawer", "aria-label": "Conversations" }, element("div", { class: "kn-row" }, this.search, fresh), this.list);
+  }
+
+  draw(chats: readonly Chat[]): void {
+    this.list.replaceChildren(
+      ...chats.map((chat) => {
+        const turns = `${chat.turns} turn${chat.turns === 1 ? "" : "s"}`;
+        const button = element(
+          "button",
+          { type: "button", "aria-current": chat.is_current ? "true" : null },
+          `${chat.name} · ${turns} · ${new Date(chat.updated_at * 1000).toLocaleString()}`,
+        );
+        this.scope.listen(button, "click", () => this.open(chat.name));
+        return element("li", {}, button);
+      }),
+    );
+    if (!chats.length) this.list.append(element("li", { class: "kn-note" }, "None is kept."));
+  }
+}
+
+/** The system prompt and the sampling settings. */
+export class Settings {
+  readonly node: HTMLElement;
+  private readonly system = element("textarea", { rows: 2, "aria-label": "System prompt", placeholder: "none" });
+  private readonly inputs = new Map<string, HTMLInputElement>();
+  private readonly sampling = element("select", { "aria-label": "Sampling" });
+
+  constructor(scope: Scope, setSystem: (text: string) => void, setParams: (params: Record<string, number | boolean | null>) => void) {
+    for (const [value, label] of [["", "the model's"], ["true", "at random"], ["false", "greedy"]] as const)
+      this.sampling.append(element("option", { value }, label));
+    const changed = (): void => {
+      const params: Record<string, number | boolean | null> = {};
+      for (const [name, input] of this.inputs) params[name] = input.value.trim() === "" ? null : Number(input.value);
+      params["do_sample"] = this.sampling.value === "" ? null : this.sampling.value === "true";
+      setParams(params);
+    };
+    const fields = PARAMS.map(([name, label, placeholder]) => {
+      const input = element("input", { type: "number", step: "any", placeholder });
+      this.inputs.set(name, input);
+      scope.listen(input, "change", changed);
+      scope.listen(input, "keydown", (event) => event.stopPropagation());
+      return element("label", { class: "kn-field" }, label, input);
+    });
+    scope.listen(this.sampling, "change", changed);
+    scope.listen(this.system, "change", () => setSystem(this.system.value));
+    scope.listen(this.system, "keydown", (event) => event.stopPropagation());
+    this.node = element(
+      "section",
+      { class: "kn-drawer", "aria-label": "Settings" },
+      element("label", { class: "kn-field" }, "System prompt", this.system),
+      element("div", { class: "kn-params" }, element("label", { class: "kn-field" }, "Sampling", this.sampling), ...fields),
+    );
+  }
+
+  draw(system: string, params: Record<string, string>): void {
+    if (this.system !== document.activeElement) this.system.value = system;
+    for (const [name, input] of this.inputs) if (input !== document.activeElement) input.value = params[name] ?? "";
+    this.sampling.value = params["do_sample"]?.toLowerCase() ?? "";
+  }
+}

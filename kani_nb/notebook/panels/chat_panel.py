@@ -1,0 +1,188 @@
+"""The chat pane: a conversation to look at and go on with, in a cell of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+
+from kani_nb._runtime import Runtime, runtime
+from kani_nb.conversation.session import ChatSession
+from kani_nb.engines.attachments import part_of
+from kani_nb.errors import KaniNbError
+from kani_nb.notebook.panels.chat_control import ChatControl
+from kani_nb.notebook.panels.showing import ShownPanel
+from kani_nb.notebook.stop_bus import StopBus
+from kani_nb.notebook.theme import style_tag
+from kani_nb.notebook.transcript import plain
+from kani_nb.notebook.turn_text import text_of_turn
+
+_STATIC = Path(__file__).parents[2] / "static"
+#: A notebook keeps the twin: so much of the conversation's end, and where the rest is.
+_TWIN_BYTES = 200_000
+
+
+class ChatPanel(anywidget.AnyWidget):
+    """A conversation with everything that `%chat` can do to it. Display it, or use it from code.
+
+    What is shown is in the traits: `history` and `recent` are the turns, `running` the answer on its way, `around` what
+    stands around them. Deltas of the running answer come as messages.
+
+    Args:
+        session: the conversation at first; the runtime's current one by default.
+        rt: whose conversations these are; the process's own runtime by default.
+        bus: sees Stop while a cell runs; without one the front end interrupts the kernel.
+    """
+
+    shown: ShownPanel | None = None
+    _esm = (_STATIC / "chat_pane.js").read_text(encoding="utf-8")
+    history = traitlets.List().tag(sync=True)
+    recent = traitlets.List().tag(sync=True)
+    running = traitlets.Dict().tag(sync=True)
+    around = traitlets.Dict().tag(sync=True)
+    problem = traitlets.Dict().tag(sync=True)
+    notices = traitlets.List().tag(sync=True)
+
+    def __init__(
+        self, session: ChatSession | None = None, *, rt: Runtime | None = None, bus: StopBus | None = None
+    ) -> None:
+        super().__init__()
+        self._is_closed = False
+        self._bus = bus
+        self._comm_id = str(getattr(self.comm, "comm_id", ""))
+        if bus is not None and self._comm_id:
+            bus.register(self._comm_id, self._receive)
+        self._control = ChatControl(rt or runtime(), self._show, self._send_delta, session)
+        self.on_msg(lambda _widget, content, buffers: self._do(content, buffers or ()))
+
+    @property
+    def session(self) -> ChatSession:
+        """The conversation that is shown."""
+        return self._control.session
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether an answer that was asked for here is on its way."""
+        return self._control.is_answering
+
+    def ask(self, text: str) -> None:
+        """Send what a person would have written; the answer comes into the pane.
+
+        Raises:
+            NoEngineError: none is loaded.
+        """
+        self._control.ask(text)
+
+    def stop(self) -> bool:
+        """End the running answer at its next token; whether there was one."""
+        return self._control.stop()
+
+    def close(self) -> None:
+        """Take the pane away; the conversation stays."""
+        self._is_closed = True
+        if self._bus is not None:
+            self._bus.unregister(self._comm_id)
+        self._control.close()
+        super().close()
+
+    def twin(self) -> dict[str, str]:
+        """The conversation as a static output: its last turns, and where the others are."""
+        name = self.session.conversation.name
+        parts: list[str] = []
+        words: list[str] = []
+        left = _TWIN_BYTES
+        turns = self.session.turns
+        for turn in reversed(turns):
+            bundle = text_of_turn(turn).to_bundle()
+            markup = bundle["text/html"]
+            left -= len(markup)
+            if left < 0 and parts:
+                break
+            parts.append(markup)
+            words.append(bundle["text/plain"])
+        more = len(turns) - len(parts)
+        head = f"{name}: {len(turns)} turns" + (f"; the first {more} are not shown here" if more else "")
+        head += f" (%chat open {name} goes on with it)" if turns else ""
+        line = f'{style_tag()}<div class="kani-nb"><div class="kani-nb-stat">{escape(head)}</div></div>'
+        return {
+            "text/html": line + "".join(reversed(parts)),
+            "text/plain": plain("\n\n".join([head, *reversed(words)])),
+        }
+
+    def _show(self, changes: dict[str, Any]) -> None:
+        if self._is_closed:
+            return
+        with self.hold_sync():
+            for name, value in changes.items():
+                setattr(self, name, value)
+        if self.shown is not None and "recent" in changes:
+            self.shown.update(self.twin())
+
+    def _send_delta(self, delta: dict[str, Any]) -> None:
+        if not self._is_closed:
+            self.send(delta)
+
+    def _receive(self, data: Any) -> None:
+        """A message seen on its way, on any thread, while a cell runs: only Stop is acted on."""
+        content = data.get("content") if data.get("method") == "custom" else None
+        if isinstance(content, dict) and content.get("kind") == "stop":
+            self._stop()
+
+    def _stop(self) -> None:
+        self._control.stop()
+        # Not on the thread that looks at messages: it may not send any.
+        self._control.loop.call_soon_threadsafe(self._send_delta, {"kind": "ack"})
+
+    def _do(self, content: Any, buffers: Sequence[Any]) -> None:
+        if not isinstance(content, dict):
+            return
+        if content.get("kind") == "stop":
+            self._stop()
+            return
+        answer: dict[str, Any] = {"kind": "done", "id": content.get("id")}
+        try:
+            answer |= self._done(content, buffers) or {}
+        except KaniNbError as error:
+            answer |= {"kind": "error", "why": str(error)}
+        except (KeyError, TypeError, ValueError) as error:
+            answer |= {"kind": "error", "why": f"a message of the pane could not be read: {error!r}"}
+        self.send(answer)
+
+    def _done(self, content: dict[str, Any], buffers: Sequence[Any]) -> dict[str, Any] | None:
+        control, kind = self._control, content.get("kind")
+        if kind == "send":
+            files = zip(content.get("files", ()), buffers, strict=True)
+            parts = tuple(part_of(bytes(each), file["name"], declared=file["mime"]) for file, each in files)
+            control.ask(str(content["text"]), parts)
+        elif kind == "retry":
+            control.retry(int(content["number"]))
+        elif kind == "edit":
+            control.edit(int(content["number"]), str(content["text"]))
+        elif kind == "switch":
+            control.switch(str(content["turn"]))
+        elif kind == "system":
+            control.set_system(str(content["text"]))
+        elif kind == "params":
+            control.set_params(dict(content["params"]))
+        elif kind == "new":
+            control.new()
+        elif kind == "open":
+            control.open(str(content["name"]))
+        elif kind == "rename":
+            control.rename(str(content["name"]))
+        elif kind == "list":
+            return {"chats": control.list(str(content.get("query", "")))}
+        else:
+            raise ValueError(f"{kind!r} is nothing that the pane does")
+        return None
+
+
+def show_chat_panel(bus: StopBus | None = None) -> ChatPanel:
+    """Put a pane of the current conversation into the running cell."""
+    panel = ChatPanel(bus=bus)
+    panel.shown = ShownPanel(panel, panel.twin())
+    return panel

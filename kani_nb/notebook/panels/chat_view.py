@@ -1,0 +1,98 @@
+"""A conversation as the chat pane shows it: JSON-safe records of its turns, and what stands around them. Pure.
+
+An answer goes out as the text that it is; the front end draws its Markdown. Whatever else is said is made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kani_nb.conversation.store import ConversationSummary
+from kani_nb.conversation.tree import Conversation, Turn
+from kani_nb.metrics.recorder import GenerationMetrics
+from kani_nb.notebook.stat_line import stat_line
+from kani_nb.notebook.transcript import StepText, plain, prompt_text, shortened, step_texts
+from kani_nb.notebook.turn_text import prompt_of_turn
+
+#: Characters of a call and its result that the pane holds; the conversation has all of it.
+_LONGEST_STEP = 4_000
+
+
+def turn_views(conversation: Conversation, first: int = 1) -> list[dict[str, Any]]:
+    """The turns of the branch in order, from number `first` on."""
+    children: dict[str | None, list[str]] = {}
+    for turn in conversation.turns.values():
+        children.setdefault(turn.parent_id, []).append(turn.id)
+    return [
+        _turn_view(turn, number, children[turn.parent_id])
+        for number, turn in enumerate(conversation.path(), 1)
+        if number >= first
+    ]
+
+
+def _turn_view(turn: Turn, number: int, siblings: list[str]) -> dict[str, Any]:
+    return {
+        "id": turn.id,
+        "number": number,
+        "prompt": plain(prompt_text(prompt_of_turn(turn))),
+        "can_edit": isinstance(turn.prompt.content, str),
+        "answer": plain(turn.answer.text) if turn.answer is not None else "",
+        "reasoning": plain("\n\n".join(filter(None, (each.reasoning for each in turn.messages)))),
+        "steps": [step_view(step) for step in step_texts(turn.messages)],
+        "model": turn.model or "Assistant",
+        "is_cut": turn.interrupted,
+        "stat": stat_line(GenerationMetrics.from_dict(turn.metrics)) if turn.metrics else "",
+        "siblings": siblings,
+    }
+
+
+def step_view(step: StepText) -> dict[str, Any]:
+    """One call of a tool."""
+    return {
+        "line": plain(step.line),
+        "said": plain(step.said),
+        "arguments": plain(shortened(step.arguments, _LONGEST_STEP)),
+        "result": None if step.result is None else plain(shortened(step.result, _LONGEST_STEP)),
+        "is_error": step.is_error,
+    }
+
+
+def leaf_below(conversation: Conversation, turn_id: str) -> int:
+    """The number of the branch that was last used among those through a turn.
+
+    Raises:
+        ConversationError: there is no such turn.
+    """
+    conversation.path(turn_id)
+    parents = {turn.id: turn.parent_id for turn in conversation.turns.values()}
+
+    def is_below(leaf: str) -> bool:
+        at: str | None = leaf
+        while at is not None and at != turn_id:
+            at = parents[at]
+        return at is not None
+
+    leaves = conversation.branches()
+    return max(number for number, leaf in enumerate(leaves, 1) if is_below(leaf.id))
+
+
+def context_view(turns: Sequence[Turn], window_tokens: int | None) -> dict[str, Any]:
+    """How full the context is: as the last answer left it."""
+    metrics = next((turn.metrics for turn in reversed(turns) if turn.metrics), None)
+    used = None
+    if metrics is not None:
+        used = (metrics.get("prompt_tokens") or 0) + (metrics.get("completion_tokens") or 0)
+        window_tokens = metrics.get("max_context_size") or window_tokens
+    return {"used": used, "window": window_tokens}
+
+
+def summary_view(summary: ConversationSummary, current_id: str) -> dict[str, Any]:
+    """One entry of the list of conversations."""
+    return {
+        "name": summary.name,
+        "turns": summary.turns,
+        "notebook": summary.notebook,
+        "updated_at": summary.updated_at,
+        "is_current": summary.id == current_id,
+    }
