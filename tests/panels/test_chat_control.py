@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from kani_nb.config import EngineConfig
-from kani_nb.errors import ConfigError, ConversationError, NoEngineError
+from kani_nb.errors import ConfigError, ConversationBusyError, ConversationError, NoEngineError
 from kani_nb.notebook.panels.chat_control import CHUNK_TURNS, ChatControl
 from kani_nb.notebook.panels.chat_view import leaf_below
 
@@ -14,7 +14,7 @@ class Page:
     """Keeps the state as a front end would, and every message."""
 
     def __init__(self):
-        self.state = {}
+        self.state = {"running": {}, "problem": {}, "history": [], "recent": []}
         self.changes = []
         self.deltas = []
         self._changed = threading.Condition()
@@ -89,7 +89,7 @@ def test_an_answer_comes_in_numbered_pieces_that_give_the_whole(control, page, c
 def test_stop_keeps_what_has_come(control, page, clean_runtime):
     clean_runtime.load_sync(EngineConfig("echo:delay=0.02"))
     control.ask("word " * 400)
-    page.wait_for(lambda state: state["running"] and len(state["running"]["text"]) > 10 or page.deltas)
+    page.wait_for(lambda state: (state["running"] and len(state["running"]["text"]) > 10) or page.deltas)
     assert control.stop()
     page.wait_for_end(1)
     (turn,) = page.turns
@@ -161,7 +161,7 @@ def test_the_settings_are_those_of_the_answers_and_bad_ones_are_refused(control,
     control.set_params({"max_new_tokens": 2, "seed": 7, "temperature": None})
     asked(control, page, "one two three four")
     assert page.turns[0]["answer"].split() == ["one", "two"]
-    assert clean_runtime.metrics[-1].seed == 7
+    assert page.turns[0]["stat"].endswith("stopped at the token limit")
     with pytest.raises(ConfigError, match="max_new_tokens is 0"):
         control.set_params({"max_new_tokens": 0})
     assert page.state["around"]["params"] == {"max_new_tokens": "2", "seed": "7"}
@@ -192,12 +192,22 @@ def test_the_system_prompt_is_set_and_taken_away(control, page):
     page.wait_for(lambda state: state["around"]["system"] == "")
 
 
-def test_a_second_question_while_one_is_answered_is_refused_with_its_words(control, page, clean_runtime):
+def test_a_second_question_while_one_is_answered_is_refused(control, page, clean_runtime):
     clean_runtime.load_sync(EngineConfig("echo:delay=0.02"))
     control.ask("word " * 200)
     page.wait_for(lambda state: state["running"])
-    control.ask("impatient")
-    page.wait_for(lambda state: state.get("problem", {}).get("prompt") == "impatient")
-    assert "is answering" in page.state["problem"]["text"]
+    with pytest.raises(ConversationBusyError, match="is answering"):
+        control.ask("impatient")
+    page.wait_for(lambda state: state["running"].get("text"))
     control.stop()
-    page.wait_for(lambda state: len(page.turns) == 1)
+    page.wait_for_end(1)
+
+
+def test_a_stop_before_the_first_word_gives_the_words_back(control, page, clean_runtime):
+    clean_runtime.load_sync(EngineConfig("echo:delay=5"))
+    control.ask("never mind")
+    page.wait_for(lambda state: state["running"])
+    control.stop()
+    page.wait_for(lambda state: state["problem"].get("prompt") == "never mind")
+    assert "nothing was added" in page.state["problem"]["text"]
+    assert page.turns == []

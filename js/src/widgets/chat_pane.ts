@@ -22,7 +22,9 @@ function render({ model, el }: Context<State>): () => void {
   const complaint = element("p", { class: "kn-error", role: "alert" });
   const answered = new Map<string, (answer: Answer & { chats?: Chat[] }) => void>();
   const requests = new Requests(scope, model, (text) => say(complaint, text), (answer) => {
-    if (answer.id !== undefined) answered.get(answer.id)?.(answer as Answer & { chats?: Chat[] });
+    const then = answered.get(answer.id ?? "");
+    answered.delete(answer.id ?? "");
+    then?.(answer as Answer & { chats?: Chat[] });
   });
   const ask = (kind: string, more: Record<string, unknown> = {}, then?: (answer: Answer & { chats?: Chat[] }) => void, buffers?: ArrayBuffer[]): void => {
     const id = requests.send(kind, more, buffers);

@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from typing import Any
 
 from kani_nb._runtime import Runtime
 from kani_nb.conversation.session import ChatReply, ChatSession
 from kani_nb.conversation.tree import new_id
-from kani_nb.errors import KaniNbError
+from kani_nb.errors import ConversationBusyError, KaniNbError
 from kani_nb.generation_params import GenerationParams
 from kani_nb.notebook.panels.answer_feed import DELTA_EVERY_S, AnswerFeed
 from kani_nb.notebook.panels.chat_view import context_view, leaf_below, summary_view, turn_views
@@ -50,7 +49,7 @@ class ChatControl:
         self._session = session or rt.chat
         self._params: dict[str, Any] = {}
         self._old: tuple[str, ...] = ()
-        self._running: Future[None] | None = None
+        self._rounds = 0
         self._is_closed = False
         self._unwatch_engines = rt.watch(self._show_around)
         self._unwatch = self._session.watch(self.refresh)
@@ -70,7 +69,7 @@ class ChatControl:
     @property
     def is_answering(self) -> bool:
         """Whether an answer that was asked for here is on its way."""
-        return self._running is not None and not self._running.done()
+        return self._rounds > 0
 
     # -- asking ----------------------------------------------------------------------------------------------------
 
@@ -98,8 +97,13 @@ class ChatControl:
 
     def _start(self, prompt: str, open_stream: OpenStream, replaces: str = "") -> None:
         self._rt.need_engine()
-        self._show({"problem": {}})
-        self._running = self._rt.loop.submit(self._answer(prompt, open_stream, replaces))
+        if self._session.is_busy:
+            name = self._session.conversation.name
+            raise ConversationBusyError(f"conversation {name!r} is answering", fix="wait for the answer, or press Stop")
+        with self._lock:
+            self._rounds += 1
+        self._show({"problem": {}, "notices": []})
+        self._rt.loop.submit(self._answer(prompt, open_stream, replaces))
 
     async def _answer(self, prompt: str, open_stream: OpenStream, replaces: str) -> None:
         feed = AnswerFeed(
@@ -113,6 +117,8 @@ class ChatControl:
                 async for event in events:
                     if isinstance(event, ChatReply):
                         notices = event.notices
+                        if event.turn.id not in self._session.conversation.turns:
+                            problem = {"text": "Stopped before the first word: nothing was added.", "prompt": prompt}
                     else:
                         feed.feed(event)
         except KaniNbError as error:
@@ -124,6 +130,8 @@ class ChatControl:
             problem = {"text": f"{type(error).__name__}: {error}", "prompt": prompt}
         finally:
             ticking.cancel()
+            with self._lock:
+                self._rounds -= 1
             # Together, so that no front end shows the turn twice, or not at all.
             self._show({**self._changes(), "running": {}, "problem": problem, "notices": list(notices)})
             self._show_around()

@@ -1,0 +1,257 @@
+import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
+import { LiveAnswer } from "../src/chat/live_answer";
+import type { Delta, State, Turn } from "../src/chat/types";
+import pane from "../src/widgets/chat_pane";
+import { FakeModel } from "./fake_model";
+
+const turn = (number: number, more: Partial<Turn> = {}): Turn => ({
+  id: `t${number}`,
+  number,
+  prompt: `question ${number}`,
+  can_edit: true,
+  answer: `answer **${number}**`,
+  reasoning: "",
+  steps: [],
+  model: "echo",
+  is_cut: false,
+  stat: "2 tokens",
+  siblings: [`t${number}`],
+  ...more,
+});
+const EMPTY: State = { history: [], recent: [], running: {}, around: { name: "chat-1", engine: "echo" }, problem: {}, notices: [] };
+
+function shown(state: Partial<State> = {}) {
+  const model = new FakeModel<State>({ ...EMPTY, ...state });
+  const el = document.createElement("div");
+  document.body.append(el);
+  const end = pane.render({ model, el });
+  const of = <Node extends Element = HTMLElement>(selector: string): Node => el.querySelector(selector) as unknown as Node;
+  const all = (selector: string) => [...el.querySelectorAll<HTMLElement>(selector)];
+  const button = (text: string) => all("button").find((each) => each.textContent === text) as HTMLButtonElement;
+  const box = of<HTMLTextAreaElement>("[aria-label=Message]");
+  const press = (key: string, more = {}) => box.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
+  const write = (text: string) => {
+    box.value = text;
+    box.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  const answer = (more = {}) => model.receive({ kind: "done", id: model.sent.at(-1)?.["id"], ...more });
+  return { model, el, end, of, all, button, box, press, write, answer };
+}
+const frames = () => vi.advanceTimersByTime(50);
+const settled = async () => void (await vi.advanceTimersByTimeAsync(0));
+
+beforeEach(() => void vi.useFakeTimers());
+afterEach(() => {
+  vi.useRealTimers();
+  document.body.replaceChildren();
+});
+
+describe("a conversation", () => {
+  test("is shown turn by turn, its Markdown drawn", () => {
+    const { all, of } = shown({ history: [turn(1)], recent: [turn(2)] });
+    expect(all(".kn-turn").map((each) => each.dataset["turn"])).toEqual(["t1", "t2"]);
+    expect(all(".kn-md strong").map((each) => each.textContent)).toEqual(["1", "2"]);
+    expect(of(".kn-title").textContent).toBe("chat-1 · echo");
+  });
+
+  test("keeps the nodes of turns that stay, and replaces those that do not", () => {
+    const { model, all } = shown({ recent: [turn(1), turn(2)] });
+    const [first, second] = all(".kn-turn");
+    model.arrives("recent", [turn(1), turn(2, { id: "other", siblings: ["t2", "other"] })]);
+    expect(all(".kn-turn")[0]).toBe(first);
+    expect(all(".kn-turn")[1]).not.toBe(second);
+    expect(all(".kn-count").map((each) => each.textContent)).toEqual(["2 of 2"]);
+  });
+
+  test("goes between the versions of a turn", () => {
+    const { model, all } = shown({ recent: [turn(1, { siblings: ["t0", "t1"] })] });
+    const [back, on] = [..."‹›"].map((text) => all("button").find((each) => each.textContent === text) as HTMLButtonElement);
+    expect([back?.disabled, on?.disabled]).toEqual([false, true]);
+    back?.click();
+    expect(model.sent.at(-1)).toMatchObject({ kind: "switch", turn: "t0" });
+  });
+
+  test("says nothing as markup", () => {
+    const hostile = '<img src=x onerror="alert(1)"><script>alert(1)</script>';
+    const step = { line: hostile, said: hostile, arguments: hostile, result: hostile, is_error: true };
+    const { el } = shown({
+      recent: [turn(1, { prompt: hostile, answer: hostile, reasoning: hostile, model: hostile, stat: hostile, steps: [step] })],
+      around: { name: hostile, engine: hostile, system: hostile },
+      problem: { text: hostile },
+      notices: [hostile],
+      running: { run: "r", seq: 1, prompt: hostile, text: hostile, reasoning: hostile, status: hostile, notes: [hostile], steps: [step] },
+    });
+    frames();
+    expect(el.querySelector("img, script")).toBeNull();
+    expect(el.textContent).toContain("onerror");
+  });
+});
+
+describe("writing", () => {
+  test("Enter sends, Shift+Enter does not, and the text stays until it was taken", async () => {
+    const { model, press, write, box, answer } = shown();
+    write("hello");
+    press("Enter", { shiftKey: true });
+    press("Enter", { isComposing: true });
+    expect(model.sent).toEqual([]);
+    press("Enter");
+    await settled();
+    expect(model.sent).toMatchObject([{ kind: "send", text: "hello", files: [] }]);
+    expect(box.value).toBe("hello");
+    answer();
+    expect(box.value).toBe("");
+  });
+
+  test("what was refused stays, with the reason", async () => {
+    const { press, write, box, answer, all } = shown();
+    write("hello");
+    press("Enter");
+    await settled();
+    answer({ kind: "error", why: "no engine is loaded" });
+    expect(box.value).toBe("hello");
+    expect(all("[role=alert]").map((each) => each.textContent)).toContain("no engine is loaded");
+  });
+
+  test("nothing is not sent", async () => {
+    const { model, press, write } = shown();
+    write("  \n ");
+    press("Enter");
+    await settled();
+    expect(model.sent).toEqual([]);
+  });
+
+  test("keys do not reach the notebook", () => {
+    const { el, press } = shown();
+    const reached = vi.fn();
+    el.addEventListener("keydown", reached);
+    press("a");
+    press("Escape");
+    expect(reached).not.toHaveBeenCalled();
+  });
+
+  test("a turn is edited in the box, and emptying that gives up", async () => {
+    const { model, button, box, write, press, all } = shown({ recent: [turn(1)] });
+    button("Edit").click();
+    expect(box.value).toBe("question 1");
+    write("question 1, better");
+    press("Enter");
+    await settled();
+    expect(model.sent.at(-1)).toMatchObject({ kind: "edit", number: 1, text: "question 1, better" });
+    write("");
+    write("new");
+    press("Enter");
+    await settled();
+    expect(model.sent.at(-1)).toMatchObject({ kind: "send", text: "new" });
+    expect(all(".kn-composer .kn-note:not(.kn-hidden)")).toEqual([]);
+  });
+
+  test("what failed comes back into an empty box only", () => {
+    const { model, box, write } = shown();
+    model.arrives("problem", { text: "it failed", prompt: "my words" });
+    expect(box.value).toBe("my words");
+    write("other words");
+    model.arrives("problem", { text: "it failed", prompt: "my words" });
+    expect(box.value).toBe("other words");
+  });
+});
+
+describe("a running answer", () => {
+  const running = { run: "r1", seq: 1, prompt: "q", text: "one ", status: "answering", numbers: "0.1 s" };
+
+  test("grows by deltas, and Stop takes the place of Send", () => {
+    const { model, of, button } = shown({ running });
+    frames();
+    expect(button("Send").classList.contains("kn-hidden")).toBe(true);
+    model.receive({ kind: "delta", run: "r1", seq: 2, text: "**two**", numbers: "0.2 s" } satisfies Delta);
+    frames();
+    expect(of(".kn-running .kn-md").textContent).toBe("one two\n");
+    model.arrives("recent", [turn(1)]);
+    model.arrives("running", {});
+    expect(of(".kn-running")).toBeNull();
+    expect(button("Send").classList.contains("kn-hidden")).toBe(false);
+  });
+
+  test("is stopped by the button and by Esc, and interrupted where nobody hears", () => {
+    const { model, button, press } = shown({ running });
+    button("Stop").click();
+    expect(model.sent).toEqual([{ kind: "stop" }]);
+    expect(button("Stop").disabled).toBe(true);
+    model.receive({ kind: "ack" });
+    vi.advanceTimersByTime(5000);
+    expect(model.interrupts).toBe(0);
+    press("Escape");
+    vi.advanceTimersByTime(5000);
+    expect(model.interrupts).toBe(1);
+  });
+
+  test("fades what it will replace", () => {
+    const { all } = shown({ recent: [turn(1), turn(2), turn(3)], running: { ...running, replaces: "t2" } });
+    expect(all(".kn-turn:not(.kn-running)").map((each) => each.classList.contains("kn-replaced"))).toEqual([false, true, true]);
+  });
+});
+
+describe("the running text", () => {
+  test("is never wrong, whatever is lost or late", () => {
+    // Every subset of six messages, of which the first, fourth and last are wholes.
+    const words = ["a", "b", "c", "d", "e", "f"];
+    const text = (seq: number) => words.slice(0, seq).join("");
+    for (let lost = 0; lost < 2 ** 6; lost++) {
+      const live = new LiveAnswer();
+      for (let seq = 1; seq <= 6; seq++) {
+        if (lost & (1 << (seq - 1))) continue;
+        if (seq === 1 || seq === 4 || seq === 6) live.whole({ run: "r", seq, text: text(seq) });
+        else live.delta({ kind: "delta", run: "r", seq, text: words[seq - 1] as string, numbers: "" });
+        expect(text(6).startsWith(live.text)).toBe(true);
+      }
+      if (!(lost & (1 << 5))) expect(live.text).toBe(text(6));
+    }
+  });
+
+  test("ignores what belongs to another answer, and what is old", () => {
+    const live = new LiveAnswer();
+    live.whole({ run: "r", seq: 5, text: "new" });
+    expect(live.delta({ kind: "delta", run: "s", seq: 6, text: "x", numbers: "" })).toBe(false);
+    expect(live.whole({ run: "r", seq: 4, text: "old" })).toBe(false);
+    expect(live.text).toBe("new");
+  });
+});
+
+test("conversations are searched and opened, settings are set", () => {
+  const { model, button, of, answer, all } = shown();
+  button("Conversations").click();
+  expect(model.sent.at(-1)).toMatchObject({ kind: "list", query: "" });
+  answer({ chats: [{ name: "whales", turns: 1, notebook: "", updated_at: 0, is_current: true }] });
+  all(".kn-chats button")[0]?.click();
+  expect(model.sent.at(-1)).toMatchObject({ kind: "open", name: "whales" });
+  button("Settings").click();
+  const seed = [...all("label")].find((each) => each.textContent === "Seed")?.querySelector("input") as HTMLInputElement;
+  seed.value = "7";
+  seed.dispatchEvent(new Event("change"));
+  expect(model.sent.at(-1)).toMatchObject({ kind: "params", params: { seed: 7, temperature: null, do_sample: null } });
+  const system = of<HTMLTextAreaElement>("[aria-label='System prompt']");
+  system.value = "be brief";
+  system.dispatchEvent(new Event("change"));
+  expect(model.sent.at(-1)).toMatchObject({ kind: "system", text: "be brief" });
+});
+
+test("code has buttons, and goes into the next cell where there is a notebook", () => {
+  const insertCell = vi.fn();
+  const model = new FakeModel<State>({ ...EMPTY, recent: [turn(1, { answer: "```python\nx = 1\n```" })] });
+  Object.assign(model.widget_manager, { context: { model: { sharedModel: { cells: [1, 2], insertCell } } } });
+  const cell = document.createElement("div");
+  cell.className = "jp-Cell";
+  const notebook = document.createElement("div");
+  notebook.append(document.createElement("div"), cell);
+  notebook.firstElementChild?.classList.add("jp-Cell");
+  document.body.append(notebook);
+  pane.render({ model, el: cell.appendChild(document.createElement("div")) });
+  const button = [...cell.querySelectorAll("button")].find((each) => each.textContent === "To next cell");
+  button?.click();
+  expect(insertCell).toHaveBeenCalledWith(2, { cell_type: "code", source: "x = 1", metadata: {} });
+});
+
+test("the end of a view undoes all of it", () => {
+  const { model, el, end } = shown({ recent: [turn(1)], running: { run: "r", seq: 1, text: "x" } });
+  end();
+  expect([el.childElementCount, model.size]).toEqual([0, 0]);
+});
