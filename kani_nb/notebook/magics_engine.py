@@ -75,7 +75,7 @@ class EngineMagics(Magics):
             %load_engine org/model --dtype bfloat16 --max-new-tokens 200
             %load_engine qwen3-0.6b --as second
 
-        %load_engine alone says what is loaded, %load_engine --help lists the options.
+        %load_engine alone opens a panel to choose in, %load_engine --help lists the options.
         """
         refuse_secrets(line)
         parser = engine_parser()
@@ -91,6 +91,11 @@ class EngineMagics(Magics):
         given = {name for name, value in vars(args).items() if value not in (None, False)}
         if given:
             raise ConfigError("no model was named", fix="%load_engine smollm2, followed by the options")
+        from kani_nb.notebook.panels.showing import can_show_panel
+
+        if can_show_panel(self.shell):
+            self.verbs.dispatch("panel")
+            return
         self.verbs.dispatch("list")
         print_text("%load_engine MODEL loads another: smollm2, org/model, a folder, FILE.gguf. --help shows more.")
 

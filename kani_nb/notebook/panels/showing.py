@@ -14,11 +14,10 @@ from kani_nb.errors import ConfigError
 from kani_nb.notebook.shell import can_ask
 from kani_nb.notebook.surface import SurfaceKind, surface_kind
 
-#: Hides the dead line of a widget, wherever our static twin stands in the same cell and no panel lives.
+#: Hides what stands just before our twin (the dead line of a widget) where no panel lives, and the twin where one does.
 TWIN_STYLE = (
-    "<style>.jp-OutputArea:not(:has(.kani-live))>.jp-OutputArea-child:has(.jupyter-widgets,.jupyter-widgets-error-widget,"
-    ".jp-OutputArea-output[data-mime-type*='widget-view']):has(~.jp-OutputArea-child .kani-twin){display:none}"
-    ".jp-OutputArea:has(.kani-live) .kani-twin{display:none}</style>"
+    "<style>.jp-OutputArea:not(:has(.kani-live))>.jp-OutputArea-child:has(+.jp-OutputArea-child .kani-twin)"
+    "{display:none}.jp-OutputArea:has(.kani-live) .kani-twin{display:none}</style>"
 )
 
 
