@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Protocol
 
 from kani_nb._engines import EngineRoster, LoadedEngine, UnloadReport
 from kani_nb.conversation.session import ChatSession
@@ -19,6 +20,13 @@ from kani_nb.metrics.recorder import Recorder
 __all__ = ["LoadedEngine", "Runtime", "UnloadReport", "runtime"]
 
 
+class Closeable(Protocol):
+    """What can be taken away."""
+
+    def close(self) -> None:
+        """Take it away; safe to call twice."""
+
+
 class Runtime(EngineRoster):
     """Engines by name, conversations, and what answers took.
 
@@ -27,6 +35,7 @@ class Runtime(EngineRoster):
         loop: the event loop that engines and sessions live on.
         notebook: key of the notebook whose conversations these are, usually its path; empty where it is not known.
         saves: whether conversations are kept on disk.
+        dashboard: the live figure that follows this runtime, where a notebook has one: anything with `close`.
     """
 
     def __init__(self, store_path: Path | None = None) -> None:
@@ -34,6 +43,7 @@ class Runtime(EngineRoster):
         self.metrics = Recorder()
         self.notebook = ""
         self.saves = True
+        self.dashboard: Closeable | None = None
         self._store_path = store_path
         self._store: ConversationStore | None = None
         self._chats: dict[str, ChatSession] = {}

@@ -8,6 +8,7 @@ const turn = (number: number, more: Partial<Turn> = {}): Turn => ({
   id: `t${number}`,
   number,
   prompt: `question ${number}`,
+  pictures: [],
   can_edit: true,
   answer: `answer **${number}**`,
   reasoning: "",
@@ -184,6 +185,17 @@ describe("a running answer", () => {
     expect(model.interrupts).toBe(1);
   });
 
+  test("asks before a function runs, and sends what was pressed", () => {
+    const { model, of, button } = shown({ running: { ...running, question: "Run delete(path='x')? [y]es, [n]o, [a]lways: " } });
+    frames();
+    expect(of(".kn-question").textContent).toBe("Run delete(path='x')?");
+    button("Do not run it").click();
+    expect(model.sent.at(-1)).toMatchObject({ kind: "answer", text: "n" });
+    model.arrives("running", { ...running, seq: 2 });
+    frames();
+    expect(of(".kn-asked").classList.contains("kn-hidden")).toBe(true);
+  });
+
   test("fades what it will replace", () => {
     const { all } = shown({ recent: [turn(1), turn(2), turn(3)], running: { ...running, replaces: "t2" } });
     expect(all(".kn-turn:not(.kn-running)").map((each) => each.classList.contains("kn-replaced"))).toEqual([false, true, true]);
@@ -248,6 +260,21 @@ test("code has buttons, and goes into the next cell where there is a notebook", 
   const button = [...cell.querySelectorAll("button")].find((each) => each.textContent === "To next cell");
   button?.click();
   expect(insertCell).toHaveBeenCalledWith(2, { cell_type: "code", source: "x = 1", metadata: {} });
+});
+
+test("pictures of the person are shown, and nothing else as a picture", () => {
+  const source = "data:image/png;base64,iVBORw0KGgo=";
+  const bad = ["https://evil.example/x.png", "data:image/svg+xml;base64,AA==", "javascript:alert(1)"];
+  const { all } = shown({ recent: [turn(1, { pictures: [source, ...bad].map((each) => ({ words: "a cat", source: each })) })] });
+  expect(all("img").map((each) => [each.getAttribute("src"), each.getAttribute("alt")])).toEqual([[source, "a cat"]]);
+});
+
+test("a kernel that is gone is told of, with the way back", () => {
+  const { model, of, button } = shown({ recent: [turn(1)] });
+  model.arrives("around", { name: "chat-1", engine: "echo" });
+  (model as unknown as { tell(event: string): void }).tell("comm_live_update");
+  expect(of(".kn-gone").textContent).toContain("%chat resume chat-1");
+  expect(button("Send").disabled).toBe(true);
 });
 
 test("the end of a view undoes all of it", () => {

@@ -51,6 +51,11 @@ def conversation_figure(metrics: Sequence[GenerationMetrics], *, for_colab: bool
     return FigureBundle(data)
 
 
+def conversation_json(metrics: Sequence[GenerationMetrics]) -> dict[str, Any]:
+    """The same as plotly's `data`, `layout` and `config`; always as many traces in the same order."""
+    return _plotly(_thinned(metrics))
+
+
 def summary_line(metrics: Sequence[GenerationMetrics]) -> str:
     """The last answer's numbers in one line."""
     last = metrics[-1]

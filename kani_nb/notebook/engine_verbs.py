@@ -57,6 +57,7 @@ class EngineVerbs:
                 Verb("kinds", "the engines that there are, what each runs and can do", self._kinds),
                 Verb("use NAME", "let another loaded engine answer", self._use),
                 Verb("stats", "what this conversation's answers took", self._stats),
+                Verb("dashboard", "the same as one live figure, which follows each answer", self._dashboard),
                 Verb(
                     "plan [MODEL] [--context N] [--card CARD] [--schemes none,int8,nf4+dq]",
                     "what a model would take under each precision, and what fits, before loading it",
@@ -145,6 +146,14 @@ class EngineVerbs:
         from kani_nb.notebook.stats import show_stats
 
         show_stats(self.shell, runtime().chat, draws=self._settings.plot != "never")
+
+    def _dashboard(self, _rest: str) -> None:
+        from kani_nb.notebook.panels.showing import need_place_for_panel
+
+        need_place_for_panel(self.shell, "%engine stats")
+        from kani_nb.notebook.panels.dashboard import show_dashboard
+
+        show_dashboard()
 
     def _plan(self, rest: str) -> None:
         from kani_nb.notebook.plan_view import run_plan

@@ -21,6 +21,7 @@ from kani_nb.notebook.render import GrowingMarkdown, markdown_to_html
 from kani_nb.notebook.stat_line import stat_line
 from kani_nb.notebook.surface import Surface, SurfaceKind
 from kani_nb.notebook.thumbnails import prompt_html
+from kani_nb.notebook.token_shades import tokens_html
 from kani_nb.notebook.transcript import StepText, TurnText, prompt_text, shortened, step_texts
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class StreamView:
             notes=notices,
             error=error_text,
             stat=stat,
+            tokens_html=tokens_html(getattr(reply, "logprobs", ())),
             is_prompt_above=self._is_prompt_above,
         )
         figure = self._figure() if self._figure is not None and reply is not None and error is None else None

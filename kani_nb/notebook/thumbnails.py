@@ -43,10 +43,26 @@ def prompt_html(prompt: str | Sequence[MessagePart | str]) -> str:
     return "".join(pieces) if shows_any else ""
 
 
+def prompt_pictures(prompt: str | Sequence[MessagePart | str]) -> list[dict[str, str]]:
+    """The pictures of a prompt for a front end of ours: `{"words", "source"}`, a data address of a raster format."""
+    if isinstance(prompt, str):
+        return []
+    left, found = _MOST_TOGETHER, []
+    for part in prompt:
+        picture = _raster(part.data) if isinstance(part, ImagePart) else None
+        if picture is not None and len(picture[0]) <= left:
+            left -= len(picture[0])
+            found.append({"words": showable(part_text(part)[1:-1]), "source": _data_address(*picture)})
+    return found
+
+
+def _data_address(content: bytes, mime: str) -> str:
+    return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
+
+
 def _image(content: bytes, mime: str, part: MessagePart | str) -> str:
     words = html.escape(showable(part_text(part)[1:-1]))
-    source = f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
-    return f'<img alt="{words}" title="{words}" style="{_STYLE}" src="{source}">'
+    return f'<img alt="{words}" title="{words}" style="{_STYLE}" src="{_data_address(content, mime)}">'
 
 
 def _raster(content: bytes) -> tuple[bytes, str] | None:

@@ -71,6 +71,7 @@ class TurnText:
         notes: what the round has to say of itself.
         error: that the answer ended early, in one line.
         stat: the stat line.
+        tokens_html: the tokens by their probability (`token_shades.tokens_html`), where they were asked for.
         is_prompt_above: a front end that shows the cell's source has the prompt in it already.
     """
 
@@ -86,6 +87,7 @@ class TurnText:
     notes: Sequence[str] = ()
     error: str = ""
     stat: str = ""
+    tokens_html: str = ""
     is_prompt_above: bool = False
 
     def to_bundle(self, *, is_running: bool = False) -> dict[str, str]:
@@ -114,7 +116,7 @@ class TurnText:
         parts += [_step_html(step) for step in self.steps]
         if self.answer_html:
             parts.append(f'<div class="kani-nb-md" dir="auto">{self.answer_html}</div>')
-        parts.append("</article>")
+        parts.append(f"{self.tokens_html}</article>")
         if self.status:
             bar = "" if self.progress is None else f' <progress max="1" value="{self.progress:.3f}"></progress>'
             parts.append(f'<div class="kani-nb-stat">{_escape(self.status)}{bar}</div>')

@@ -88,6 +88,11 @@ export class Composer {
     this.label.classList.toggle("kn-hidden", !label);
   }
 
+  /** Nothing can be sent any more. */
+  disable(): void {
+    for (const each of [this.sendButton, this.attach]) each.disabled = true;
+  }
+
   clear(): void {
     this.box.value = "";
     this.files = [];
@@ -101,7 +106,7 @@ export class Composer {
   }
 
   private submit(): void {
-    if (this.isAnswering || (!this.box.value.trim() && !this.files.length)) return;
+    if (this.isAnswering || this.sendButton.disabled || (!this.box.value.trim() && !this.files.length)) return;
     this.send({ text: this.box.value, files: this.files });
   }
 

@@ -7,6 +7,9 @@ import { copyButton, decorate, type Insert } from "./code_tools";
 import type { LiveAnswer } from "./live_answer";
 import type { Running, Step, Turn } from "./types";
 
+/** The person's own pictures, as the kernel made them: raster formats alone. */
+const PICTURE = /^data:image\/(?:png|jpeg|gif|webp);base64,[\w+/=]*$/;
+
 /** What the buttons of a turn do. */
 export interface Actions {
   retry(turn: Turn): void;
@@ -46,6 +49,7 @@ export class TurnView {
       "article",
       { class: "kn-turn", "aria-label": `Turn ${turn.number}`, "data-turn": id },
       promptNode(turn.prompt),
+      ...turn.pictures.filter(({ source }) => PICTURE.test(source)).map(({ words, source }) => element("img", { class: "kn-picture", alt: words, src: source })),
       stepsNode(turn.steps),
       reasoningNode(turn.reasoning, false),
       element("div", { class: "kn-who" }, turn.model),
@@ -88,10 +92,19 @@ export class RunningView {
   private readonly status = element("span", { role: "status" });
   private readonly numbers = element("span");
   private readonly growing: GrowingMarkdown;
+  private readonly question = element("p", { class: "kn-question" });
+  private readonly asked: HTMLElement;
   private drawnSteps = "";
 
-  constructor(insert: Insert) {
+  /** @param answer sends what was pressed where the round asks. */
+  constructor(insert: Insert, answer: (text: string) => void) {
     this.growing = new GrowingMarkdown(this.body, (block) => decorate(this.scope, block, insert));
+    const buttons = [["y", "Run it"], ["a", "Always"], ["n", "Do not run it"]].map(([text, label]) => {
+      const button = element("button", { type: "button" }, label as string);
+      this.scope.listen(button, "click", () => answer(text as string));
+      return button;
+    });
+    this.asked = element("div", { class: "kn-asked", role: "alert" }, this.question, element("div", { class: "kn-row" }, ...buttons));
     this.node = element(
       "article",
       { class: "kn-turn kn-running", "aria-label": "Running answer", "aria-busy": "true" },
@@ -99,6 +112,7 @@ export class RunningView {
       this.steps,
       this.reasoning,
       this.body,
+      this.asked,
       this.notes,
       element("p", { class: "kn-note kn-stat" }, element("i", { class: "kn-pulse", "aria-hidden": "true" }), this.status, this.numbers),
     );
@@ -115,6 +129,8 @@ export class RunningView {
     const thought = this.reasoning.lastElementChild;
     if (thought) say(thought, live.reasoning);
     this.growing.draw(live.text);
+    say(this.question, (running.question ?? "").replace(/\s*\[y\]es.*$/s, ""));
+    this.asked.classList.toggle("kn-hidden", !running.question);
     this.notes.replaceChildren(...(running.notes ?? []).map((note) => element("p", { class: "kn-note" }, note)));
     say(this.status, running.status ?? "");
     say(this.numbers, live.numbers ? ` · ${live.numbers}` : "");

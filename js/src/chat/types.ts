@@ -12,6 +12,7 @@ export interface Turn {
   id: string;
   number: number;
   prompt: string;
+  pictures: { words: string; source: string }[];
   can_edit: boolean;
   answer: string;
   reasoning: string;

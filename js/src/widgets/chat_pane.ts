@@ -39,6 +39,7 @@ function render({ model, el }: Context<State>): () => void {
   const context = element("span");
   const notices = element("div", { "aria-live": "polite" });
   const problem = element("p", { class: "kn-error", role: "alert" });
+  const gone = element("div", { class: "kn-gone kn-hidden", role: "alert" });
   const list = new ChatList(scope, (query) => find(query), (name) => { ask("open", { name }); toggle("list", false); }, () => { ask("new"); toggle("list", false); });
   const settings = new Settings(scope, (text) => ask("system", { text }), (params) => ask("params", { params }));
   const drawers = { list: list.node, settings: settings.node };
@@ -60,6 +61,7 @@ function render({ model, el }: Context<State>): () => void {
     log,
     notices,
     problem,
+    gone,
     complaint,
     composer.node,
   );
@@ -150,7 +152,7 @@ function render({ model, el }: Context<State>): () => void {
       return;
     }
     if (!runningView) {
-      runningView = new RunningView(insert);
+      runningView = new RunningView(insert, (text) => ask("answer", { text }));
       log.append(runningView.node);
       log.scrollTop = log.scrollHeight;
     }
@@ -203,6 +205,18 @@ function render({ model, el }: Context<State>): () => void {
   scope.listen(root, "dragover", (event) => event.preventDefault());
   scope.listen(root, "drop", (event) => composer.take(event.dataTransfer?.files, event));
 
+  // -- the kernel is gone --------------------------------------------------------------------------------------------
+  const resume = (): string => `%load_ext kani_nb\n%chat resume ${model.get("around")?.name ?? ""}\n%chat panel`.trimEnd();
+  const lost = (): void => {
+    const words = "The kernel was restarted, or is gone: this pane has ended. The conversation is kept. ";
+    const button = insert ? element("button", { type: "button" }, "Insert a cell that resumes it") : null;
+    if (button) scope.listen(button, "click", () => insert?.(resume()));
+    gone.replaceChildren(element("p", {}, `${words}${insert ? "" : `Resume it with: ${resume().replaceAll("\n", ", ")}`}`), ...(button ? [button] : []));
+    gone.classList.remove("kn-hidden");
+    composer.answering(false);
+    composer.disable();
+  };
+  scope.on(model, "comm_live_update", lost);
   scope.on(model, "msg:custom", (message: Delta | undefined) => {
     if (message?.kind === "delta" && live.delta(message)) later();
   });

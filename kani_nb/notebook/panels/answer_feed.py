@@ -56,7 +56,13 @@ class AnswerFeed:
         self._first_at: float | None = None
         self._next_delta = self._next_whole = 0.0
         self._shown: Any = None
-        self.question = ""
+        self._question = ""
+        self.flush()
+
+    def ask(self, question: str) -> None:
+        """Show a question of the round; an empty one is none."""
+        self._question = plain(question)
+        self._next_delta = 0.0
         self.flush()
 
     def feed(self, event: Any) -> None:
@@ -90,7 +96,7 @@ class AnswerFeed:
     def flush(self) -> None:
         """Send what has come since the last time, if it is time to."""
         now = self._clock()
-        state = (len(self._steps), tuple(self._notes), self._status(), self.question)
+        state = (len(self._steps), tuple(self._notes), self._status(), self._question)
         if now >= self._next_whole or (state != self._shown and now >= self._next_delta):
             self._next_whole, self._next_delta = now + WHOLE_EVERY_S, now + DELTA_EVERY_S
             self._shown = state
@@ -128,7 +134,7 @@ class AnswerFeed:
             "notes": list(self._notes),
             "status": self._status(),
             "numbers": self._numbers(),
-            "question": self.question,
+            "question": self._question,
         }
 
     def _all_steps(self) -> list[StepText]:

@@ -19,6 +19,7 @@ from kani_nb.errors import ConversationBusyError, KaniNbError
 from kani_nb.generation_params import GenerationParams
 from kani_nb.notebook.panels.answer_feed import DELTA_EVERY_S, AnswerFeed
 from kani_nb.notebook.panels.chat_view import context_view, leaf_below, summary_view, turn_views
+from kani_nb.notebook.panels.pane_host import PaneHost
 
 #: Turns that are sent anew with each change; those before go out when so many more have come.
 CHUNK_TURNS = 40
@@ -50,6 +51,7 @@ class ChatControl:
         self._params: dict[str, Any] = {}
         self._old: tuple[str, ...] = ()
         self._rounds = 0
+        self._host: PaneHost | None = None
         self._is_closed = False
         self._unwatch_engines = rt.watch(self._show_around)
         self._unwatch = self._session.watch(self.refresh)
@@ -91,6 +93,11 @@ class ChatControl:
         turn = session.conversation.turn_at(number)
         self._start(text, lambda: session.stream_edit(number, text, **params), replaces=turn.id)
 
+    def answer(self, text: str) -> None:
+        """Answer what the running round asks: `y`, `n` or `a` for always."""
+        if self._host is not None:
+            self.loop.call_soon_threadsafe(self._host.answer, text)
+
     def stop(self) -> bool:
         """End the running answer at its next token; whether there was one."""
         return self._session.stop()
@@ -109,6 +116,9 @@ class ChatControl:
         feed = AnswerFeed(
             new_id(), prompt, send=self._send, show=lambda whole: self._show({"running": whole}), replaces=replaces
         )
+        session = self._session
+        before, session.host = session.host, PaneHost(feed.ask)
+        self._host = session.host
         ticking = asyncio.ensure_future(_tick(feed))
         problem: dict[str, str] = {}
         notices: tuple[str, ...] = ()
@@ -117,7 +127,7 @@ class ChatControl:
                 async for event in events:
                     if isinstance(event, ChatReply):
                         notices = event.notices
-                        if event.turn.id not in self._session.conversation.turns:
+                        if event.turn.id not in session.conversation.turns:
                             problem = {"text": "Stopped before the first word: nothing was added.", "prompt": prompt}
                     else:
                         feed.feed(event)
@@ -130,6 +140,7 @@ class ChatControl:
             problem = {"text": f"{type(error).__name__}: {error}", "prompt": prompt}
         finally:
             ticking.cancel()
+            self._host, session.host = None, before
             with self._lock:
                 self._rounds -= 1
             # Together, so that no front end shows the turn twice, or not at all.

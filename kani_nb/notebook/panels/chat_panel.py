@@ -162,6 +162,8 @@ class ChatPanel(anywidget.AnyWidget):
             control.retry(int(content["number"]))
         elif kind == "edit":
             control.edit(int(content["number"]), str(content["text"]))
+        elif kind == "answer":
+            control.answer(str(content["text"]))
         elif kind == "switch":
             control.switch(str(content["turn"]))
         elif kind == "system":

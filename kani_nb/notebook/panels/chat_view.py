@@ -12,6 +12,7 @@ from kani_nb.conversation.store import ConversationSummary
 from kani_nb.conversation.tree import Conversation, Turn
 from kani_nb.metrics.recorder import GenerationMetrics
 from kani_nb.notebook.stat_line import stat_line
+from kani_nb.notebook.thumbnails import prompt_pictures
 from kani_nb.notebook.transcript import StepText, plain, prompt_text, shortened, step_texts
 from kani_nb.notebook.turn_text import prompt_of_turn
 
@@ -36,6 +37,7 @@ def _turn_view(turn: Turn, number: int, siblings: list[str]) -> dict[str, Any]:
         "id": turn.id,
         "number": number,
         "prompt": plain(prompt_text(prompt_of_turn(turn))),
+        "pictures": prompt_pictures(prompt_of_turn(turn)),
         "can_edit": isinstance(turn.prompt.content, str),
         "answer": plain(turn.answer.text) if turn.answer is not None else "",
         "reasoning": plain("\n\n".join(filter(None, (each.reasoning for each in turn.messages)))),

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from kani_nb._runtime import Runtime
+from kani_nb._secrets import without_secrets
 from kani_nb.config import EngineConfig
 from kani_nb.engines.base import LoadProgress
 from kani_nb.engines.registry import parse_spec
@@ -228,7 +229,7 @@ class EngineControl:
         model = str(self._values.get("model") or "")
         reading = self._reading_of(config)
         return {
-            "line": config.to_line() if config is not None else "",
+            "line": without_secrets(config.to_line()) if config is not None else "",
             "errors": {**self._form.errors, **self._preview_errors},
             "shown": sorted(self._shown_fields(model)),
             "model": {**model_words(reading), "is_reading": self._is_reading},

@@ -16,8 +16,9 @@ from kani_nb.notebook.surface import SurfaceKind, surface_kind
 
 #: Hides what stands just before our twin (the dead line of a widget) where no panel lives, and the twin where one does.
 TWIN_STYLE = (
-    "<style>.jp-OutputArea:not(:has(.kani-live))>.jp-OutputArea-child:has(+.jp-OutputArea-child .kani-twin)"
-    "{display:none}.jp-OutputArea:has(.kani-live) .kani-twin{display:none}</style>"
+    "<style>.jp-OutputArea:not(:has(.kani-live,.js-plotly-plot))>"
+    ".jp-OutputArea-child:has(+.jp-OutputArea-child .kani-twin){display:none}"
+    ".jp-OutputArea:has(.kani-live,.js-plotly-plot) .kani-twin{display:none}</style>"
 )
 
 
@@ -25,7 +26,7 @@ class ShownPanel:
     """A panel in the running cell. The twin may be updated from any thread.
 
     Args:
-        widget: an anywidget.
+        widget: an anywidget, ours or plotly's.
         twin: `text/html` and `text/plain` of the same, safe already.
     """
 
@@ -35,7 +36,8 @@ class ShownPanel:
         # Not `display(widget)`: the ipywidgets of Colab would put its own text beside it.
         shown = widget._repr_mimebundle_()
         bundle, metadata = shown if isinstance(shown, tuple) else (shown, {})
-        display(dict(bundle), metadata=metadata, raw=True)
+        # Its own words would list every trait; what is to be read stands in the twin.
+        display({**bundle, "text/plain": ""}, metadata=metadata, raw=True)
         self._handle = display(_marked(twin), raw=True, display_id=True)
 
     def update(self, twin: Mapping[str, str]) -> None:
