@@ -8,7 +8,15 @@ export interface Model<State extends object> {
   on(event: string, listener: (...given: never[]) => void): void;
   off(event: string, listener: (...given: never[]) => void): void;
   /** Where the front end gives it: what can interrupt the kernel without the kernel's help. */
-  widget_manager?: { kernel?: { interrupt(): unknown } };
+  widget_manager?: { kernel?: Kernel };
+}
+
+/** Of JupyterLab's connection to a kernel. */
+export interface Kernel {
+  interrupt(): unknown;
+  clientId?: string;
+  username?: string;
+  sendControlMessage?(message: object, expectsReply: boolean, disposes: boolean): unknown;
 }
 
 export interface Context<State extends object> {

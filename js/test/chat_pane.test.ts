@@ -19,7 +19,7 @@ const turn = (number: number, more: Partial<Turn> = {}): Turn => ({
   siblings: [`t${number}`],
   ...more,
 });
-const EMPTY: State = { history: [], recent: [], running: {}, around: { name: "chat-1", engine: "echo" }, problem: {}, notices: [] };
+const EMPTY: State = { door: "comm-1", history: [], recent: [], running: {}, around: { name: "chat-1", engine: "echo" }, problem: {}, notices: [] };
 
 function shown(state: Partial<State> = {}) {
   const model = new FakeModel<State>({ ...EMPTY, ...state });
@@ -176,6 +176,9 @@ describe("a running answer", () => {
     const { model, button, press } = shown({ running });
     button("Stop").click();
     expect(model.sent).toEqual([{ kind: "stop" }]);
+    expect(model.control.map(({ header, content }) => [header["msg_type"], content])).toEqual([
+      ["kani_nb_comm_msg", { comm_id: "comm-1", data: { method: "custom", content: { kind: "stop" } } }],
+    ]);
     expect(button("Stop").disabled).toBe(true);
     model.receive({ kind: "ack" });
     vi.advanceTimersByTime(5000);

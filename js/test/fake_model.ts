@@ -6,7 +6,13 @@ export class FakeModel<State extends object> implements Model<State> {
   readonly sent: Record<string, unknown>[] = [];
   readonly saved: Partial<State>[] = [];
   interrupts = 0;
-  readonly widget_manager = { kernel: { interrupt: () => ++this.interrupts } };
+  readonly control: { header: Record<string, string>; content: object }[] = [];
+  readonly widget_manager = {
+    kernel: {
+      interrupt: () => ++this.interrupts,
+      sendControlMessage: (message: object) => this.control.push(message as (typeof this.control)[number]),
+    },
+  };
   private readonly listeners = new Map<string, Set<(...given: never[]) => void>>();
   private changed: Partial<State> = {};
 

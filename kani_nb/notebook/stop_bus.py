@@ -4,8 +4,10 @@ A synchronous cell keeps the kernel from handling messages, so a Stop button's w
 to stop. ipykernel 7 reads the shell socket in a thread of its own: there each message is looked at and passed on
 unchanged. ipykernel 6 reads it on the main thread: there the waiting cell asks for what has arrived, which puts it
 into the kernel's own queue, in order, where it is looked at too. No message is consumed, delayed or put before
-another; each still takes its usual way later, so a handler may run twice. All of this is private to ipykernel: every
-step is probed, and where one is missing, `is_available` is False and the interrupt is what remains.
+another; each still takes its usual way later, so a handler may run twice. Where no cell of ours waits, nobody asks on
+ipykernel 6: there a front end that can sends the click over the control channel too, which has a thread of its own
+since ipykernel 6. All of this is private to ipykernel: every step is probed, and where one is missing, `is_available`
+is False and the interrupt is what remains.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ Handler = Callable[[Mapping[str, Any]], None]
 class StopBus:
     """Calls a handler for the messages of registered comms even while a cell runs.
 
-    A handler gets the message's `data`, on the kernel's shell-channel thread (ipykernel 7) or on the main thread
-    inside `pump` (ipykernel 6). It may set an event, and little more; it may be called more than once for one
-    message.
+    A handler gets the message's `data`, on the kernel's shell-channel thread (ipykernel 7), on the main thread inside
+    `pump` (ipykernel 6), or on the control thread. It may set an event, and little more; it may be called more than
+    once for one message.
 
     Args:
         shell: the running InteractiveShell; without a kernel the bus is never available.
@@ -36,6 +38,7 @@ class StopBus:
         self._kernel = getattr(shell, "kernel", None)
         self._handlers: dict[str, Handler] = {}
         self._tap: _ThreadTap | _QueueTap | None = None
+        self._door: _ControlDoor | None = None
 
     @property
     def is_available(self) -> bool:
@@ -44,6 +47,8 @@ class StopBus:
 
     def install(self) -> bool:
         """Start looking; safe to call twice. False where this kernel offers no way, and nothing was changed."""
+        if self._door is None and self._kernel is not None:
+            self._door = _ControlDoor.fitting(self._kernel, self._hear)
         if self._tap is None and self._kernel is not None:
             self._tap = _ThreadTap.fitting(self._kernel, self._look) or _QueueTap.fitting(self._kernel, self._look)
         return self.is_available
@@ -52,8 +57,10 @@ class StopBus:
         """Put back what `install` replaced and forget all handlers. Safe to call twice."""
         self._handlers.clear()
         tap, self._tap = self._tap, None
-        if tap is not None:
-            tap.close()
+        door, self._door = self._door, None
+        for each in (tap, door):
+            if each is not None:
+                each.close()
 
     def register(self, comm_id: str, handler: Handler) -> bool:
         """Have `handler` called for `comm_id`; installs the bus if needed, and says whether it is available."""
@@ -68,6 +75,12 @@ class StopBus:
         """Look at what has arrived, on kernels that cannot by themselves. Main thread; returns at once elsewhere."""
         if self._handlers and self._tap is not None:
             self._tap.pump()
+
+    def _hear(self, content: Mapping[str, Any]) -> None:
+        """A message of our own on the control channel: `{"comm_id", "data"}`."""
+        handler, data = self._handlers.get(str(content.get("comm_id"))), content.get("data")
+        if handler is not None:
+            handler(data if isinstance(data, Mapping) else {})
 
     def _look(self, frames: Any) -> None:
         if not self._handlers:
@@ -173,6 +186,35 @@ class _QueueTap:
 
     def close(self) -> None:
         """Nothing was replaced."""
+
+
+class _ControlDoor:
+    """ipykernel 6 and 7: one more type of message on the control channel, which is read in a thread of its own."""
+
+    message_type = "kani_nb_comm_msg"
+
+    def __init__(self, kernel: Any, hear: Callable[[Mapping[str, Any]], None]) -> None:
+        self._handlers: dict[str, Any] = kernel.control_handlers
+        self._hear = hear
+        self._handlers[self.message_type] = self._receive
+
+    @classmethod
+    def fitting(cls, kernel: Any, hear: Callable[[Mapping[str, Any]], None]) -> _ControlDoor | None:
+        """The door, if this kernel has a table of what it understands there, and a thread that reads it."""
+        has_parts = isinstance(getattr(kernel, "control_handlers", None), dict) and (
+            getattr(kernel, "control_thread", None) is not None
+        )
+        return cls(kernel, hear) if has_parts else None
+
+    async def _receive(self, _stream: Any, _idents: Any, message: Mapping[str, Any]) -> None:
+        content = message.get("content")
+        if isinstance(content, Mapping):
+            self._hear(content)
+
+    def close(self) -> None:
+        """Take the message's type out again."""
+        if self._handlers.get(self.message_type) == self._receive:
+            del self._handlers[self.message_type]
 
 
 #: zmq.POLLIN, without importing zmq.

@@ -96,6 +96,7 @@ class LiveStrip:
         self._started_at = self._clock()
         self._widget = widget = _widget_class()(state={"status": "starting"})
         self._comm_id = str(widget.comm.comm_id)
+        widget.state = {"status": "starting", "comm": self._comm_id}
         widget.on_msg(lambda _widget, content, _buffers: self._click(content))
         self._bus.register(self._comm_id, self._receive)
         # Not `display(widget)`: the ipywidgets of Colab would ignore the display id, and nothing could take its place.
@@ -128,6 +129,7 @@ class LiveStrip:
             if first_text_at is not None and tokens > 1 and now > first_text_at:
                 numbers.append(f"{(tokens - 1) / (now - first_text_at):.1f} tok/s")
         self._widget.state = {
+            "comm": self._comm_id,
             "status": status,
             "numbers": " · ".join(numbers),
             "memory": in_words(self._series[-1]),

@@ -64,6 +64,7 @@ export interface Chat {
 }
 
 export interface State {
+  door: string;
   history: Turn[];
   recent: Turn[];
   running: Running;

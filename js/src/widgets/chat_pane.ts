@@ -45,7 +45,7 @@ function render({ model, el }: Context<State>): () => void {
   const drawers = { list: list.node, settings: settings.node };
   const openers = { list: opener("Conversations", "list"), settings: opener("Settings", "settings") };
   const live = new LiveAnswer();
-  const sendStop = stopper(scope, model, () => say(problem, "The kernel does not hear: interrupting it…"));
+  const sendStop = stopper(scope, model, () => model.get("door") ?? "", () => say(problem, "The kernel does not hear: interrupting it…"));
   const stop = (): void => {
     composer.stopping();
     sendStop();

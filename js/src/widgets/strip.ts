@@ -12,6 +12,7 @@ import { stopper } from "../stop";
 import css from "./strip.css?inline";
 
 interface Shown {
+  comm?: string;
   status?: string;
   numbers?: string;
   memory?: string;
@@ -47,7 +48,7 @@ function render({ model, el }: Context<{ state: Shown }>): () => void {
     memory.textContent = shown.memory ?? "";
     line.draw(shown.series ?? []);
   };
-  const send = stopper(scope, model, () => say(status, "interrupting the kernel…"));
+  const send = stopper(scope, model, () => model.get("state")?.comm ?? "", () => say(status, "interrupting the kernel…"));
   scope.listen(stop, "click", () => {
     isStopping = stop.disabled = true;
     draw();

@@ -40,6 +40,7 @@ class ChatPanel(anywidget.AnyWidget):
 
     shown: ShownPanel | None = None
     _esm = (_STATIC / "chat_pane.js").read_text(encoding="utf-8")
+    door = traitlets.Unicode().tag(sync=True)
     history = traitlets.List().tag(sync=True)
     recent = traitlets.List().tag(sync=True)
     running = traitlets.Dict().tag(sync=True)
@@ -56,6 +57,7 @@ class ChatPanel(anywidget.AnyWidget):
         self._comm_id = str(getattr(self.comm, "comm_id", ""))
         if bus is not None and self._comm_id:
             bus.register(self._comm_id, self._receive)
+            self.door = self._comm_id
         self._control = ChatControl(rt or runtime(), self._show, self._send_delta, session)
         self.on_msg(lambda _widget, content, buffers: self._do(content, buffers or ()))
 
