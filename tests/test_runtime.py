@@ -191,3 +191,32 @@ async def test_ask_can_be_awaited_on_any_loop_and_cancelled_there(rt):
     while rt.chat.is_busy:
         await asyncio.sleep(0.01)
     assert rt.chat.turns[-1].interrupted
+
+
+def test_whoever_watches_is_told_of_each_change_and_harms_nothing(rt, caplog):
+    seen = []
+
+    def fail():
+        raise RuntimeError("a watcher's own")
+
+    rt.watch(fail)
+    undo = rt.watch(lambda: seen.append(rt.engine_name))
+    rt.load_sync(EngineConfig("echo"))
+    rt.load_sync(EngineConfig("echo:delay=0.01"), name="second")
+    rt.use("echo")
+    rt.unload_sync("second")
+    assert seen == ["echo", "second", "echo", "echo"]
+    assert [record.message for record in caplog.records] == ["a watcher failed"] * 4
+    undo()
+    undo()
+    rt.unload_sync("echo")
+    assert len(seen) == 4
+
+
+def test_what_the_next_load_gives_back_is_known(rt, tiny_model):
+    assert rt.given_back() == {}
+    rt.load_sync(EngineConfig(str(tiny_model)), name="kept")
+    assert rt.given_back() == {}, "an engine with a name of its own stays"
+    loaded = rt.load_sync(EngineConfig(str(tiny_model), dtype="float32"))
+    memory = loaded.engine.memory()
+    assert rt.given_back() == {"cpu": memory.weight_bytes + memory.kv_bytes}

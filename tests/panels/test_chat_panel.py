@@ -1,0 +1,132 @@
+"""The pane as a widget: its messages, its traits, its twin; whatever a page sends, it answers."""
+
+import json
+import time
+
+import pytest
+
+from kani_nb.config import EngineConfig
+from kani_nb.conversation.tools import Tools
+from kani_nb.functions import ai_function
+from kani_nb.notebook.panels import ChatPanel
+
+
+@pytest.fixture
+def panel(clean_runtime, own_home):
+    clean_runtime.load_sync(EngineConfig("echo"))
+    made = ChatPanel(rt=clean_runtime)
+    made.sent = []
+    made.send = lambda content, buffers=None: made.sent.append(content)
+    yield made
+    made.close()
+
+
+def wait_for(claim, timeout_s=20):
+    ends_at = time.monotonic() + timeout_s
+    while not claim():
+        assert time.monotonic() < ends_at
+        time.sleep(0.01)
+
+
+def said(panel, **content):
+    """What the pane answers to a message."""
+    panel._do({"id": "1", **content}, content.pop("buffers", ()))
+    return next(each for each in reversed(panel.sent) if each.get("id") == "1")
+
+
+def test_a_message_is_answered_and_the_answer_comes_into_the_traits(panel):
+    assert said(panel, kind="send", text="hello") == {"kind": "done", "id": "1"}
+    wait_for(lambda: panel.recent and not panel.running)
+    (turn,) = panel.recent
+    assert (turn["prompt"], turn["answer"]) == ("hello", "hello")
+    json.dumps([panel.history, panel.recent, panel.around, panel.running, panel.problem, panel.notices])
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({"kind": "dance"}, "'dance' is nothing that the pane does"),
+        ({"kind": "retry", "number": 7}, "there is no turn 7"),
+        ({"kind": "retry"}, "could not be read"),
+        ({"kind": "edit", "number": "x", "text": ""}, "could not be read"),
+        ({"kind": "open", "name": "nowhere"}, "there is no conversation 'nowhere'"),
+        ({"kind": "switch", "turn": "nothing"}, "no turn"),
+        ({"kind": "params", "params": {"top_p": 7}}, "top_p is 7"),
+        ({"kind": "params", "params": {"colour": 7}}, "unknown generation parameter 'colour'"),
+        ({"kind": "rename", "name": " "}, "needs a name"),
+        ({"kind": "send", "text": "x", "files": [{"name": "a", "mime": "image/png"}]}, "could not be read"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_answered_with_the_reason(panel, content, why):
+    answer = said(panel, **content)
+    assert answer["kind"] == "error"
+    assert why in answer["why"]
+    assert not panel.running
+
+
+@pytest.mark.parametrize("content", [None, "stop", 7, ["kind"], {}])
+def test_what_is_no_message_does_no_harm(panel, content):
+    panel._do(content, ())
+
+
+def test_a_picture_is_sent_with_the_words_and_shown(panel, clean_runtime):
+    from base64 import b64decode
+
+    dot = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+    files = [{"name": "dot.png", "mime": "image/png"}]
+    assert said(panel, kind="send", text="what is this?", files=files, buffers=[memoryview(dot)])["kind"] == "done"
+    wait_for(lambda: panel.problem.get("text") or (panel.recent and not panel.running))
+    if panel.recent:
+        (turn,) = panel.recent
+        assert turn["pictures"][0]["source"].startswith("data:image/png;base64,")
+    else:
+        assert "image" in panel.problem["text"], "an engine that reads none says so"
+
+
+def test_a_function_is_asked_for_in_the_pane(clean_runtime, own_home):
+    from tests.conversation.test_tools import Calling
+
+    ran = []
+
+    @ai_function
+    def delete(path: str) -> str:
+        """Delete a file."""
+        ran.append(path)
+        return "deleted"
+
+    for pressed, expected in (("y", ["x"]), ("n", [])):
+        ran.clear()
+        clean_runtime.use(Calling([("delete", '{"path": "x"}')], "done"), name=f"calling-{pressed}")
+        panel = ChatPanel(clean_runtime.new_chat(), rt=clean_runtime)
+        panel.session.tools = Tools((delete,))
+        panel.ask("go")
+        wait_for(lambda panel=panel: panel.running.get("question"))
+        assert "delete(path='x')" in panel.running["question"]
+        panel._do({"kind": "answer", "id": "2", "text": pressed}, ())
+        wait_for(lambda panel=panel: panel.recent and not panel.running)
+        assert ran == expected
+        assert panel.recent[0]["steps"][0]["is_error"] is (pressed == "n")
+        panel.close()
+
+
+def test_the_twin_holds_the_end_of_the_conversation_as_safe_html(panel):
+    for text in ("one **two**", "<script>alert(1)</script>"):
+        panel.ask(text)
+        wait_for(lambda count=text: not panel.is_answering)
+    wait_for(lambda: len(panel.session.turns) == 2)
+    twin = panel.twin()
+    assert "<strong>two</strong>" in twin["text/html"]
+    assert "<script" not in twin["text/html"]
+    assert "2 turns" in twin["text/plain"]
+
+
+def test_a_closed_pane_sends_nothing_and_its_answer_is_kept(panel, clean_runtime):
+    clean_runtime.load_sync(EngineConfig("echo:delay=0.02"))
+    panel.ask("one two three four")
+    wait_for(lambda: panel.running)
+    session = panel.session
+    panel.close()
+    count = len(panel.sent)
+    wait_for(lambda: session.turns)
+    assert len(panel.sent) == count
