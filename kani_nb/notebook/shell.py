@@ -26,7 +26,8 @@ class FrontEnd:
     """What is known of the place the cell runs in.
 
     Attributes:
-        kind: `notebook` (a Jupyter kernel), `colab`, `vscode`, `terminal` (IPython in a terminal) or `plain`.
+        kind: `notebook` (a Jupyter kernel), `colab`, `vscode`, `voila` (a page made of a notebook, without its cells),
+            `terminal` (IPython in a terminal) or `plain`.
         has_kernel: messages are exchanged with a front end, so that displays can be updated.
     """
 
@@ -39,6 +40,8 @@ def front_end(shell: Any) -> FrontEnd:
     has_kernel = getattr(shell, "kernel", None) is not None
     if type(shell).__module__.startswith("google.colab") or "google.colab" in sys.modules:
         return FrontEnd("colab", has_kernel)
+    if has_kernel and os.environ.get("SERVER_SOFTWARE", "").startswith("voila"):
+        return FrontEnd("voila", has_kernel)
     if has_kernel:
         is_vscode = "__vsc_ipynb_file__" in shell.user_ns or "VSCODE_PID" in os.environ
         return FrontEnd("vscode" if is_vscode else "notebook", has_kernel)

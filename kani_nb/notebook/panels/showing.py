@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kani_nb.errors import ConfigError
-from kani_nb.notebook.shell import can_ask
+from kani_nb.notebook.shell import can_ask, front_end
 from kani_nb.notebook.surface import SurfaceKind, surface_kind
 
 #: Hides what stands just before our twin (the dead line of a widget) where no panel lives, and the twin where one does.
@@ -47,8 +47,9 @@ class ShownPanel:
 
 
 def can_show_panel(shell: Any) -> bool:
-    """Whether a widget can be seen and pressed there."""
-    return surface_kind(shell) is SurfaceKind.LIVE and can_ask(shell)
+    """Whether a widget can be seen and pressed there. Voila asks nobody for input, and shows widgets all the same."""
+    has_person = can_ask(shell) or front_end(shell).kind == "voila"
+    return surface_kind(shell) is SurfaceKind.LIVE and has_person
 
 
 def need_place_for_panel(shell: Any, instead: str) -> None:
