@@ -214,6 +214,7 @@ class _Case:
             weight_bytes=sum(share.weight_bytes for share in shares),
             scale_bytes=self.weights.scales,
             kv_bytes_per_token=kv_bytes_per_token(shape, self.dtype, question.kv_bits),
+            context_tokens=tokens,
             kv_bytes=sum(share.kv_bytes for share in shares),
             working_bytes=sum(share.working_bytes for share in shares),
             peak_bytes=peak_bytes,

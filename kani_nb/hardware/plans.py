@@ -68,7 +68,8 @@ class PlanRow:
         weight_bytes: of weights and scales, once loaded.
         scale_bytes: of that, scales and other statistics of the quantization.
         kv_bytes_per_token: of all layers together, while no window is full.
-        kv_bytes: at the plan's context.
+        context_tokens: what the KV cache and the working memory were counted for.
+        kv_bytes: of that context.
         working_bytes: what a prompt's computation takes for a moment.
         peak_bytes: weights, KV cache and working memory.
         recommended_bytes: the memory to have, with headroom for fragmentation and the driver.
@@ -92,6 +93,7 @@ class PlanRow:
     weight_bytes: int
     scale_bytes: int
     kv_bytes_per_token: int
+    context_tokens: int
     kv_bytes: int
     working_bytes: int
     peak_bytes: int
@@ -119,6 +121,7 @@ class PlanRow:
             "weight_bytes": self.weight_bytes,
             "scale_bytes": self.scale_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "context_tokens": self.context_tokens,
             "kv_bytes": self.kv_bytes,
             "working_bytes": self.working_bytes,
             "peak_bytes": self.peak_bytes,

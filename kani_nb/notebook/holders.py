@@ -100,15 +100,15 @@ class _Search:
     """One search through what a notebook holds."""
 
     def __init__(self, shell: Any, remains: Remains) -> None:
-        self._shell = shell
+        self._variables: dict[str, Any] = getattr(shell, "user_ns", {})
         self._remains = remains
         # Everything is reached through these.
-        everywhere = (shell, shell.user_ns, shell.user_ns.get("Out"), sys.modules, self, remains)
+        everywhere = (shell, self._variables, self._variables.get("Out"), sys.modules, self, remains)
         self._left_out = {id(each) for each in everywhere}
 
     def variables(self) -> Iterator[Holder]:
-        outputs = self._shell.user_ns.get("Out")
-        for name, value in list(self._shell.user_ns.items()):
+        outputs = self._variables.get("Out")
+        for name, value in list(self._variables.items()):
             match = _OUTPUT_NAMES.fullmatch(name)
             is_output = match is not None and (not match[1] or int(match[1]) in (outputs or {}))
             if not is_output and self._reaches(value):
@@ -116,12 +116,12 @@ class _Search:
 
     def outputs(self) -> Iterator[Holder]:
         found = False
-        outputs = self._shell.user_ns.get("Out")
+        outputs = self._variables.get("Out")
         for number, value in list(outputs.items() if isinstance(outputs, dict) else ()):
             if self._reaches(value):
                 found = True
                 yield Holder(f"Out[{number}]", "%reset -f out")
-        if not found and any(self._reaches(self._shell.user_ns.get(name)) for name in ("_", "__", "___")):
+        if not found and any(self._reaches(self._variables.get(name)) for name in ("_", "__", "___")):
             yield Holder("the last output (_)", "%reset -f out")
 
     def threads(self) -> Iterator[Holder]:
@@ -132,7 +132,7 @@ class _Search:
                 continue
             frame = frames.get(thread.ident or 0)
             while frame is not None:
-                if frame.f_locals is not self._shell.user_ns and any(map(self._reaches, [*frame.f_locals.values()])):
+                if frame.f_locals is not self._variables and any(map(self._reaches, [*frame.f_locals.values()])):
                     yield Holder(f"the running thread {thread.name!r} (in {frame.f_code.co_name})")
                     break
                 frame = frame.f_back

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from kani_nb._amounts import in_words
 from kani_nb._runtime import LoadedEngine, Runtime, UnloadReport
-from kani_nb.engines.base import details_of
+from kani_nb.engines.base import BaseEngine, details_of
+from kani_nb.notebook.holders import Watched
 from kani_nb.notebook.stat_line import places_in_words
 
 
@@ -44,3 +46,23 @@ def unloaded(report: UnloadReport) -> str:
     change = f"{in_words(report.before_bytes)} -> {in_words(report.after_bytes)} in use"
     held = f"; its weights were {in_words(report.weight_bytes)}" if report.weight_bytes else ""
     return f"{report.name} is unloaded: {change} ({in_words(max(0, freed))} freed{held})"
+
+
+class Farewell:
+    """What is left of an engine that is about to be freed. Made before; the engine is not kept alive.
+
+    Args:
+        rt: whose engine it is.
+        engine: the one to be freed.
+    """
+
+    def __init__(self, rt: Runtime, engine: BaseEngine) -> None:
+        self._rt, self._engine = rt, weakref.ref(engine)
+        self._watched = Watched([engine])
+
+    def left(self, shell: Any) -> str:
+        """Once it is freed: what still takes its memory, and what ends that. Empty where nothing does."""
+        answering = (chat.answering_engine for chat in self._rt.chats.values())
+        if any(engine is not None and engine is self._engine() for engine in answering):
+            return "An answer is still running on it: its memory is freed when that ends (%chat stop ends it)."
+        return self._watched.still_held(shell, self._rt.engines.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from argparse import Namespace
 from concurrent.futures import CancelledError
 from typing import Any
@@ -16,7 +15,7 @@ from kani_nb.config import config_from_args, load_parser
 from kani_nb.errors import ConfigError, KaniNbError
 from kani_nb.notebook.engine_verbs import EngineVerbs
 from kani_nb.notebook.holders import Watched, forget_tracebacks
-from kani_nb.notebook.load_words import answering, outcome, unloaded
+from kani_nb.notebook.load_words import Farewell, answering, outcome, unloaded
 from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.notebook.settings import KaniNB
 from kani_nb.notebook.short_errors import short_errors
@@ -151,19 +150,13 @@ class EngineMagics(Magics):
         if name in ("--help", "-h"):
             print_text("%unload_engine [NAME]\n\nFree the current engine, or the one of that name.")
             return
-        engine = rt.need_engine(name)
-        watched, freed = Watched([engine]), weakref.ref(engine)
-        del engine
+        farewell = Farewell(rt, rt.need_engine(name))
         forget_tracebacks(self.shell)
         with InterruptGuard() as guard:
             # What is being freed is not left half freed: an interrupt is answered when it is done.
             report = Call(rt.loop, rt.unload(name), guard, ask_to_end=lambda: None, grace_s=60.0).result()
-            held = watched.still_held(self.shell, rt.engines.values())
-        print_text(unloaded(report))
-        if any(each.answering_engine is not None and each.answering_engine is freed() for each in rt.chats.values()):
-            print_text("An answer is still running on it: its memory is freed when that ends (%chat stop ends it).")
-        elif held:
-            print_text(held)
+            left = farewell.left(self.shell)
+        print_text("\n".join(filter(None, (unloaded(report), left))))
 
     @no_var_expand
     @line_magic

@@ -9,8 +9,8 @@ from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 
 from kani_nb._interrupts import InterruptGuard
 from kani_nb._runtime import runtime
+from kani_nb.notebook.capabilities import capabilities
 from kani_nb.notebook.secrets import ask_token, refuse_secrets
-from kani_nb.notebook.shell import capabilities
 from kani_nb.notebook.short_errors import short_errors
 from kani_nb.notebook.stop_bus import StopBus
 from kani_nb.notebook.tables import print_text

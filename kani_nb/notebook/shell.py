@@ -11,14 +11,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
 from kani_nb.conversation.tree import CellRef
-
-if TYPE_CHECKING:
-    from kani_nb.notebook.stop_bus import StopBus
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +70,6 @@ def ends_source(shell: Any, prompt: str) -> bool:
     return "%%chat" in source and source.endswith("\n" + prompt)
 
 
-def capabilities(shell: Any, bus: StopBus) -> dict[str, str]:
-    """What was decided about this front end, in words, for `%kani doctor`."""
-    place = front_end(shell)
-    if not place.has_kernel:
-        return {"front end": f"{place.kind}: plain text, no widgets, no figures; Ctrl-C ends an answer"}
-    stop = "Stop button while a cell runs" if bus.install() else "no Stop button while a cell runs: use the stop icon"
-    plots = "figures by plotly from its CDN" if place.kind == "colab" else "figures as plotly JSON and SVG"
-    kernel = f"{type(shell.kernel).__module__.split('.')[0]} {_version('ipykernel')}"
-    path = notebook_path(shell)
-    return {
-        "front end": f"{place.kind}, {kernel}; outputs are updated in place, {plots}; {stop}",
-        "notebook": path or "path not known: conversations are found by name",
-    }
-
-
 def notebook_path(shell: Any) -> str:
     """The path of the notebook this kernel belongs to, or an empty string (Colab, nbclient, a terminal)."""
     in_vscode = shell.user_ns.get("__vsc_ipynb_file__")
@@ -104,13 +85,6 @@ def _request(shell: Any) -> Mapping[str, Any]:
     get_parent = getattr(kernel, "get_parent", None)
     request = get_parent("shell") if callable(get_parent) else getattr(shell, "parent_header", None)
     return request if isinstance(request, Mapping) else {}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 @cache

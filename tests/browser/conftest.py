@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser.front_end import CHROMIUM, Chromium
-from tests.browser.jupyter import JupyterServer
+from tests.browser.jupyter import PACKAGES, JupyterServer, Kind
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +27,20 @@ def server(
     request: pytest.FixtureRequest, servers: dict[str, JupyterServer], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[JupyterServer]:
     """JupyterLab, then Notebook 7."""
-    kind = request.param
-    package = "jupyterlab" if kind == "lab" else "notebook"
-    if find_spec(package) is None:
-        pytest.skip(f"{package} is not installed: pip install 'kani-nb[browser]'")
+    yield from _serve(request.param, servers, tmp_path_factory)
+
+
+@pytest.fixture
+def voila(servers: dict[str, JupyterServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
+    """Voila, which runs a notebook from its top and shows its outputs alone."""
+    yield from _serve("voila", servers, tmp_path_factory)
+
+
+def _serve(kind: Kind, servers: dict[str, JupyterServer], folders: pytest.TempPathFactory) -> Iterator[JupyterServer]:
+    if find_spec(PACKAGES[kind]) is None:
+        pytest.skip(f"{PACKAGES[kind]} is not installed: pip install 'kani-nb[browser]'")
     if kind not in servers:
-        servers[kind] = JupyterServer(kind, tmp_path_factory.mktemp(kind)).__enter__()
+        servers[kind] = JupyterServer(kind, folders.mktemp(kind)).__enter__()
     yield servers[kind]
     servers[kind].stop_kernels()
 

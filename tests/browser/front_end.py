@@ -33,7 +33,10 @@ _KNOWN = (
     "null (reading 'kernel')",  # ipywidgets' manager, on any notebook opened without a kernel
     "[yjs#509]",
     "is duplicated.",
+    '{"shareKey":"@jupyterlab/docregistry"}',  # Voila 0.5 beside Notebook 7, whose extension it cannot load
 )
+#: Voila's icon font, without which it shows no icons.
+_ICON_FONT = "https://cdn.jsdelivr.net/npm/@fortawesome/fontawesome-free@"
 
 # Runs in every page. `kn.panel()` is the notebook; `kn.run` notes when its cell's command was done.
 _PAGE = """
@@ -151,6 +154,8 @@ class Chromium:
     def _look_at_request(self, route: Any) -> None:
         if route.request.url.startswith(_LOCAL):
             route.continue_()
+        elif route.request.url.startswith(_ICON_FONT) and "/voila/" in route.request.frame.url:
+            route.fulfill(body="", content_type="text/css")
         else:
             self.outside.append(route.request.url)
             route.abort()

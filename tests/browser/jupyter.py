@@ -1,4 +1,4 @@
-"""A Jupyter server of a test's own: JupyterLab or Notebook 7 on 127.0.0.1, with its own folders, ended by its pid.
+"""A Jupyter server of a test's own: JupyterLab, Notebook 7 or Voila on 127.0.0.1, its own folders, ended by its pid.
 
 It knows nothing of browsers; `front_end` opens its notebooks.
 """
@@ -19,7 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
-Kind = Literal["lab", "notebook"]
+Kind = Literal["lab", "notebook", "voila"]
+#: The package that serves each kind.
+PACKAGES: dict[Kind, str] = {"lab": "jupyterlab", "notebook": "notebook", "voila": "voila"}
 
 #: Laid over the front end's defaults: every cell is drawn wherever it is (a default since JupyterLab 4.3 leaves those
 #: off the screen without text), and nothing pops up, asks the network for news or saves by itself.
@@ -67,10 +69,13 @@ class JupyterServer:
             "IPYTHONDIR": str(folder / "ipython"),
             "KANI_NB_HOME": str(self.home),
         }
-        command = [sys.executable, "-m", "jupyterlab" if kind == "lab" else "notebook", "--allow-root", "--no-browser"]
-        command += ["--expose-app-in-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={self.port}"]
-        command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={self.root}"]
-        command += [f"--IdentityProvider.token={self.token}"]
+        command = [sys.executable, "-m", PACKAGES[kind], "--no-browser"]
+        if kind == "voila":
+            command += [str(self.root), f"--port={self.port}", "--Voila.ip=127.0.0.1", f"--token={self.token}"]
+        else:
+            command += ["--allow-root", "--expose-app-in-browser", "--ServerApp.ip=127.0.0.1"]
+            command += [f"--ServerApp.port={self.port}", "--ServerApp.port_retries=0"]
+            command += [f"--ServerApp.root_dir={self.root}", f"--IdentityProvider.token={self.token}"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -107,15 +112,17 @@ class JupyterServer:
 
     def url(self, name: str) -> str:
         """Where the front end shows that notebook."""
-        page = f"lab/tree/{name}?reset&" if self.kind == "lab" else f"notebooks/{name}?"
-        return f"{self.address}/{page}token={self.token}"
+        pages = {"lab": "lab/tree/{}?reset&", "notebook": "notebooks/{}?", "voila": "voila/render/{}?"}
+        return f"{self.address}/{pages[self.kind].format(name)}token={self.token}"
 
     def stop_kernels(self) -> None:
-        """End every kernel and its session, so that the next notebook starts a fresh one."""
-        for session in self._call("GET", "sessions"):
-            self._call("DELETE", f"sessions/{session['id']}")
-        for kernel in self._call("GET", "kernels"):
-            self._call("DELETE", f"kernels/{kernel['id']}")
+        """End every kernel and its session, so that the next notebook starts a fresh one. Voila's end with Voila."""
+        if self.kind == "voila":
+            return
+        for session in self._call("GET", "api/sessions"):
+            self._call("DELETE", f"api/sessions/{session['id']}")
+        for kernel in self._call("GET", "api/kernels"):
+            self._call("DELETE", f"api/kernels/{kernel['id']}")
 
     def close(self) -> None:
         """End the server, and with it its kernels. Safe to call twice."""
@@ -133,7 +140,7 @@ class JupyterServer:
         end = time.monotonic() + 60
         while True:
             try:
-                self._call("GET", "status")
+                self._call("GET", "" if self.kind == "voila" else "api/status")
             except OSError as error:
                 if self._process.poll() is not None or time.monotonic() > end:
                     log = self._log.read_text(errors="replace")[-2000:]
@@ -144,7 +151,7 @@ class JupyterServer:
 
     def _call(self, method: str, path: str) -> Any:
         request = urllib.request.Request(
-            f"{self.address}/api/{path}", method=method, headers={"Authorization": f"token {self.token}"}
+            f"{self.address}/{path}", method=method, headers={"Authorization": f"token {self.token}"}
         )
         try:
             with urllib.request.urlopen(request, timeout=20) as answer:
@@ -154,4 +161,4 @@ class JupyterServer:
             if method == "DELETE" and error.code == 404:  # gone by itself
                 return None
             raise
-        return json.loads(body) if body else None
+        return json.loads(body) if body and path else None

@@ -12,40 +12,11 @@ import pytest
 
 from tests.browser.front_end import Chromium, OpenNotebook
 from tests.browser.jupyter import JupyterServer
+from tests.browser.panels import HAS_BEGUN, Pane, findings, tell_story
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
-AXE = Path(__file__).parents[2] / "js" / "node_modules" / "axe-core" / "axe.min.js"
 ECHO = "%load_ext kani_nb\n%load_engine echo:delay={delay}\nimport kani_nb; rt = kani_nb.runtime()"
-
-
-HAS_BEGUN = "() => (document.querySelector('.kn-running .kn-md')?.textContent ?? '').length > 30"
-
-
-class Pane:
-    """The chat pane on a page, as a person sees it."""
-
-    def __init__(self, notebook: OpenNotebook) -> None:
-        self.page = notebook.page
-        self.box = self.page.get_by_label("Message")
-        self.stop = self.page.get_by_role("region", name="Chat").get_by_role("button", name="Stop")
-        self.turns = self.page.locator(".kn-chat .kn-turn:not(.kn-running)")
-
-    def ask(self, text: str) -> None:
-        self.box.fill(text)
-        self.box.press("Enter")
-
-    def wait_for_turns(self, count: int, timeout_s: float = 60) -> None:
-        self.page.wait_for_function(
-            "(count) => document.querySelectorAll('.kn-chat .kn-turn:not(.kn-running)').length === count"
-            " && !document.querySelector('.kn-running')",
-            arg=count,
-            timeout=timeout_s * 1000,
-        )
-
-    def answer(self, number: int) -> str:
-        """What stands as the answer of turn `number`, from 1."""
-        return str(self.turns.nth(number - 1).locator(".kn-md").inner_text())
 
 
 def open_pane(server: JupyterServer, browser: Chromium, name: str, *cells: str, delay: float = 0.0) -> tuple:
@@ -53,21 +24,7 @@ def open_pane(server: JupyterServer, browser: Chromium, name: str, *cells: str, 
     notebook = browser.open(server, name)
     notebook.run(0, 1)
     notebook.page.wait_for_selector(".kn-chat")
-    return notebook, Pane(notebook)
-
-
-def findings(notebook: OpenNotebook, selector: str) -> list[str]:
-    """What axe-core finds serious or critical in a part of the page."""
-    if not AXE.is_file():
-        pytest.skip("axe-core is not installed: npm --prefix js ci")
-    notebook.page.evaluate(AXE.read_text(encoding="utf-8"))
-    report = notebook.page.evaluate("(selector) => axe.run(selector, {resultTypes: ['violations']})", selector)
-    return [
-        f"{each['id']}: {node['target']} {node['failureSummary']}"
-        for each in report["violations"]
-        if each["impact"] in ("serious", "critical")
-        for node in each["nodes"]
-    ]
+    return notebook, Pane(notebook.page)
 
 
 def set_theme(notebook: OpenNotebook, theme: str) -> None:
@@ -78,47 +35,11 @@ def set_theme(notebook: OpenNotebook, theme: str) -> None:
 def test_a_model_is_chosen_planned_loaded_talked_to_and_freed_by_clicking(
     server: JupyterServer, browser: Chromium, artifacts: Path
 ):
-    def picture(step: str) -> None:
-        notebook.page.screenshot(path=artifacts / f"panels-{server.kind}-{step}.png")
-
     server.write("story.ipynb", ["%load_ext kani_nb\n%load_engine", "%chat panel"])
     notebook = browser.open(server, "story.ipynb")
     notebook.run(0, 1)
     page = notebook.page
-    engine = page.get_by_role("region", name="Engine", exact=True)
-    engine.get_by_label("Model").fill("smollm2")
-    engine.get_by_label("Model").press("Tab")
-    verdict = engine.locator(".kn-verdict")
-    page.wait_for_function("() => document.querySelector('.kn-verdict')?.textContent.includes('Fits')", timeout=60_000)
-    before = verdict.inner_text()
-    engine.get_by_label("Scheme").select_option("nf4")
-    notebook.wait_for(lambda: "nf4" in verdict.inner_text())
-    assert verdict.inner_text() != before
-    engine.get_by_label("Place", exact=True).select_option("on:cpu")
-    line = engine.get_by_role("group", name="The same as a magic line")
-    notebook.wait_for(lambda: line.inner_text().strip() == "%load_engine smollm2 --quant=nf4 --device=cpu")
-    picture("1-planned")
-    engine.get_by_role("button", name="Load", exact=True).click()
-    page.wait_for_selector(".kn-engine >> text=loaded in", timeout=120_000)
-    picture("2-loaded")
-    pane = Pane(notebook)
-    notebook.wait_for(lambda: "smollm2" in page.locator(".kn-title").inner_text())
-    pane.ask("What is the capital of France?")
-    pane.wait_for_turns(1)
-    assert "Paris" in pane.answer(1)
-    pane.ask("Tell me everything about that city, at great length.")
-    page.wait_for_function(HAS_BEGUN)
-    picture("3-answering")
-    pane.stop.click()
-    pane.wait_for_turns(2)
-    assert "stopped" in pane.turns.nth(1).locator(".kn-stat").inner_text()
-    pane.ask("In one word?")
-    pane.wait_for_turns(3)
-    picture("4-talked")
-    engine.get_by_role("button", name="Unload smollm2").click()
-    page.wait_for_selector(".kn-engine >> text=is unloaded", timeout=60_000)
-    assert "freed" in engine.inner_text()
-    picture("5-unloaded")
+    tell_story(page, lambda step: page.screenshot(path=artifacts / f"panels-{server.kind}-{step}.png"))
     browser.assert_quiet()
 
 
@@ -130,7 +51,7 @@ def test_a_page_that_is_loaded_again_in_mid_answer_shows_all_of_it_in_the_end(se
     notebook.save()
     notebook.reload()
     notebook.page.wait_for_selector(".kn-running", timeout=30_000)
-    pane = Pane(notebook)
+    pane = Pane(notebook.page)
     pane.wait_for_turns(1)
     assert pane.answer(1).strip() == words
 
@@ -181,6 +102,6 @@ def test_the_panels_are_accessible_in_both_themes(server: JupyterServer, browser
     notebook.page.wait_for_selector(".kn-chats button")
     for theme in ("JupyterLab Light", "JupyterLab Dark"):
         set_theme(notebook, theme)
-        assert findings(notebook, ".kn-chat") == []
-        assert findings(notebook, ".kn-engine") == []
+        assert findings(notebook.page, ".kn-chat") == []
+        assert findings(notebook.page, ".kn-engine") == []
     browser.assert_quiet()

@@ -30,6 +30,7 @@ def row(label: str, gib: float, *, fits: bool = True, scale: float = 0.0) -> Pla
         weight_bytes=weights,
         scale_bytes=int(scale * GIB),
         kv_bytes_per_token=512 * 1024,
+        context_tokens=2048,
         kv_bytes=kv,
         working_bytes=working,
         peak_bytes=weights + kv + working,

@@ -243,6 +243,7 @@ def test_the_doctor_knows_the_kernel(kernel):
     shown = good(kernel, "%kani doctor").text
     assert "ipykernel" in shown
     assert "Stop button while a cell runs" in shown
+    assert "%chat panel, %engine dashboard: they can be pressed here (ipywidgets" in shown
     assert len(shown.splitlines()) <= 25
 
 

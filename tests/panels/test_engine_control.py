@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,8 +39,13 @@ def screen():
 
 
 @pytest.fixture
-def control(clean_runtime, screen, tiny_model):
-    made = EngineControl(clean_runtime, screen, EngineConfig(str(tiny_model), dtype="float32", threads=1))
+def shell():
+    return SimpleNamespace(user_ns={})
+
+
+@pytest.fixture
+def control(clean_runtime, screen, tiny_model, shell):
+    made = EngineControl(clean_runtime, screen, EngineConfig(str(tiny_model), dtype="float32", threads=1), shell)
     assert made.wait()
     yield made
     made.close()
@@ -53,6 +59,7 @@ def changed(control, **changes):
 def test_the_plan_follows_each_change_and_nothing_is_loaded(control, screen, clean_runtime):
     first = screen.now
     assert first["plan"]["fits"] is True
+    assert "with a context of 512 tokens" in first["plan"]["verdict"]
     assert first["line"].endswith("--dtype=float32 --threads=1")
     changed(control, scheme="cpu-int8")
     held = [view["plan"]["devices"][-1]["weights"] for view in (first, screen.now)]
@@ -63,6 +70,17 @@ def test_the_plan_follows_each_change_and_nothing_is_loaded(control, screen, cle
     assert (plan["fits"], plan["devices"][-1]["is_over"]) == (False, True)
     assert "too much" in plan["devices"][-1]["words"]
     assert clean_runtime.engines == {}
+
+
+def test_a_variable_that_keeps_a_freed_model_is_named(control, screen, clean_runtime, shell):
+    assert control.load()
+    screen.wait_for(lambda view: view["busy"] is None and view["said"])
+    shell.user_ns["mine"] = clean_runtime.engine.model
+    assert control.unload(clean_runtime.engine_name)
+    said = screen.wait_for(lambda view: "unloaded" in view["said"].get("text", ""))["said"]
+    assert "held by the variable mine" in said["remarks"]
+    assert "(del mine)" in said["remarks"]
+    shell.user_ns.clear()
 
 
 def test_a_load_shows_its_stages_and_what_it_took_and_an_unload_what_it_gave_back(control, screen, clean_runtime):

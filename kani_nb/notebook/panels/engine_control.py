@@ -23,7 +23,8 @@ from kani_nb.errors import DoesNotFitError, KaniNbError
 from kani_nb.hardware.placement import parse_max_memory
 from kani_nb.hardware.schemes import find_scheme
 from kani_nb.load_preview import LoadPreview, ModelReading, read_model
-from kani_nb.notebook.load_words import answering, outcome, unloaded
+from kani_nb.notebook.holders import Watched, forget_tracebacks
+from kani_nb.notebook.load_words import Farewell, answering, outcome, unloaded
 from kani_nb.notebook.panels.engine_form import FormReading, Value, Values, field_of, fields_for, read_form, values_of
 from kani_nb.notebook.panels.engine_view import Busy, engines_view, model_words, plan_view
 from kani_nb.notebook.panels.latest import Latest
@@ -40,10 +41,14 @@ class EngineControl:
         rt: whose engines they are.
         show: takes the whole view, a JSON-safe record, whenever it changed.
         config: what the controls say at first.
+        shell: the notebook's own; its variables may hold what is freed. None outside a notebook.
     """
 
-    def __init__(self, rt: Runtime, show: Callable[[dict[str, Any]], None], config: EngineConfig) -> None:
+    def __init__(
+        self, rt: Runtime, show: Callable[[dict[str, Any]], None], config: EngineConfig, shell: Any = None
+    ) -> None:
         self._rt = rt
+        self._shell = shell
         self._show = show
         self._lock = threading.RLock()
         self._values: Values = values_of(config)
@@ -177,6 +182,8 @@ class EngineControl:
 
     async def _load(self, config: EngineConfig) -> None:
         assert self._busy is not None
+        forget_tracebacks(self._shell)  # what the frames of a failed cell hold, the load may need
+        watched = Watched(self._rt.engines.values())
         started_at, ticking = self._busy.started_at, asyncio.ensure_future(self._tick())
         try:
             loaded = await self._rt.load(config, progress=self._progress)
@@ -185,7 +192,7 @@ class EngineControl:
             line = " · ".join(
                 each for each in (loaded.name, words["origin"], words["dtype"], words["held"], took) if each
             )
-            self._end(line, remarks=words["remarks"])
+            self._end(line, remarks="\n".join(filter(None, (words["remarks"], await self._held(watched)))))
         except asyncio.CancelledError:
             self._end(f"Cancelled: {config.model} was not loaded; what was downloaded is kept; {answering(self._rt)}")
         except KaniNbError as error:
@@ -197,9 +204,16 @@ class EngineControl:
 
     async def _unload(self, name: str) -> None:
         try:
-            self._end(unloaded(await self._rt.unload(name)))
+            farewell = Farewell(self._rt, self._rt.need_engine(name))
+            forget_tracebacks(self._shell)
+            report = await self._rt.unload(name)
+            self._end(unloaded(report), remarks=await asyncio.to_thread(farewell.left, self._shell))
         except KaniNbError as error:
             self._end(str(error), is_error=True)
+
+    async def _held(self, watched: Watched) -> str:
+        """What of the engines that were freed for a load is held, and by whom."""
+        return await asyncio.to_thread(watched.still_held, self._shell, self._rt.engines.values())
 
     async def _tick(self) -> None:
         while True:

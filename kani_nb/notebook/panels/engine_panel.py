@@ -8,6 +8,7 @@ from typing import Any
 
 import anywidget
 import traitlets
+from IPython import get_ipython
 
 from kani_nb._runtime import Runtime, runtime
 from kani_nb.config import EngineConfig, parse_config
@@ -48,7 +49,7 @@ class EnginePanel(anywidget.AnyWidget):
         # Sizes of what lies on the disk take their time.
         self._looker = Latest("kani-nb-panel-look")
         self._looker.submit(self._look_around)
-        self._control = EngineControl(rt or runtime(), self._show, chosen)
+        self._control = EngineControl(rt or runtime(), self._show, chosen, get_ipython())
         self.observe(lambda change: self._control.set_values(change["new"]), "values")
         self.on_msg(lambda _widget, content, _buffers: self._do(content))
 

@@ -131,7 +131,8 @@ def _verdict(preview: LoadPreview) -> str:
     where = " and ".join(share.device for share in row.shares if share.peak_bytes)
     if row.fits:
         tight = "" if row.has_headroom else ", with little to spare"
-        return f"Fits{tight}: {in_words(row.peak_bytes)} in {preview.precision or row.label} on {where}."
+        size = f"{in_words(row.peak_bytes)} in {preview.precision or row.label} on {where}"
+        return f"Fits{tight}: {size}, with a context of {row.context_tokens:,} tokens."
     aside = sum(share.weight_bytes for share in row.shares if share.device in ("cpu", "disk"))
     return f"Fits with {in_words(aside)} of the weights in slower memory, as was asked for ({where})."
 
