@@ -50,7 +50,7 @@ class JupyterServer:
         self.root = folder / "notebooks"
         self.home = folder / "home"
         self.token = secrets.token_hex(16)
-        self._log = folder / "server.log"
+        self._log, self._data = folder / "server.log", folder / "data"
         config = folder / "config"
         (config / "labconfig").mkdir(parents=True)
         self.root.mkdir()
@@ -63,7 +63,7 @@ class JupyterServer:
         environment = os.environ | {
             "JUPYTER_CONFIG_DIR": str(config),
             "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
-            "JUPYTER_DATA_DIR": str(folder / "data"),
+            "JUPYTER_DATA_DIR": str(self._data),
             "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
             "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
             "IPYTHONDIR": str(folder / "ipython"),
@@ -90,7 +90,15 @@ class JupyterServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, name: str, cells: list[str]) -> Path:
+    def add_kernel(self, name: str, environment: dict[str, str]) -> None:
+        """Serve one more kernel: this Python, with these variables."""
+        folder = self._data / "kernels" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        spec = {"argv": command, "display_name": name, "language": "python", "env": environment}
+        (folder / "kernel.json").write_text(json.dumps(spec))
+
+    def write(self, name: str, cells: list[str], kernel: str = "python3") -> Path:
         """A notebook of code cells."""
         code = [
             {
@@ -103,10 +111,10 @@ class JupyterServer:
             }
             for number, source in enumerate(cells)
         ]
-        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        spec = {"name": kernel, "display_name": kernel, "language": "python"}
         path = self.root / name
         path.write_text(
-            json.dumps({"cells": code, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
+            json.dumps({"cells": code, "metadata": {"kernelspec": spec}, "nbformat": 4, "nbformat_minor": 5})
         )
         return path
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.browser.front_end import Chromium, OpenNotebook
 from tests.browser.jupyter import JupyterServer
+from tests.browser.panels import HAS_BEGUN
 from tests.notebook_view.test_render import ATTACKS
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
@@ -29,9 +30,10 @@ GUARD = """() => {
   kn.faults = [];
   const bad = 'script,iframe,img,object,embed,form,input,button,link,meta,base,style,svg,video,audio,template,details';
   const look = () => {
-    for (const answer of document.querySelectorAll('.kani-nb article')) {
+    for (const answer of document.querySelectorAll('.kani-nb article, .kn-chat .kn-md, .kn-chat .kn-said')) {
       for (const node of answer.querySelectorAll('*')) {
         if (node.closest('mjx-container') && node.localName !== 'a') continue;
+        if (node.closest('.kn-code-tools')) continue;
         if (node.matches(bad)) kn.faults.push(node.outerHTML.slice(0, 200));
         for (const {name, value} of node.attributes) {
           if (name.startsWith('on') || name.startsWith('data-')) kn.faults.push(name);
@@ -89,5 +91,59 @@ def test_no_answer_runs_or_asks_for_anything(server: JupyterServer, browser: Chr
     again.page.evaluate(GUARD)
     assert again.page.evaluate("[...kn.panel().content.model.cells].every((cell) => cell.trusted)")
     assert again.answer(len(answers)).rstrip().endswith("Done.")
+    again.page.wait_for_load_state("networkidle")
+    assert_nothing_ran(again, browser)
+
+
+IN_THE_PANE = """
+import time
+from kani_nb.notebook.panels.chat_panel import show_chat_panel
+panel = show_chat_panel()
+for answer in answers:
+    kani_nb.runtime().engine.reply = answer
+    panel.ask(answer)
+    while panel.is_answering:
+        time.sleep(0.02)
+"""
+
+
+def test_no_answer_runs_or_asks_for_anything_in_the_pane(server: JupyterServer, browser: Chromium):
+    answers = [f"Sure!\n\n{attack}\n\nDone." for attack in ATTACKS.values()]
+    (server.root / "answers.json").write_text(json.dumps(answers))
+    server.write("pane.ipynb", [PREPARE, IN_THE_PANE, f"kani_nb.runtime().chat.set_system({answers[1]!r})"])
+    notebook = browser.open(server, "pane.ipynb")
+    page = notebook.page
+    page.evaluate(GUARD)
+    notebook.run(0)
+    notebook.start(1)
+    page.wait_for_function(HAS_BEGUN)  # they are drawn while they stream
+    notebook.wait_until_done(1, timeout_s=200)
+    notebook.run(2)
+    count = "document.querySelectorAll('.kn-chat .kn-turn:not(.kn-running)').length"
+    page.wait_for_function(f"() => {count} === {len(answers)}")
+    page.get_by_role("button", name="Settings").click()
+    # Turns are drawn when they come into sight.
+    shown = page.evaluate(
+        """async () => {
+            const shown = [];
+            for (const turn of document.querySelectorAll('.kn-chat .kn-turn')) {
+              turn.scrollIntoView();
+              await new Promise(requestAnimationFrame);
+              await new Promise(requestAnimationFrame);
+              shown.push(turn.querySelector('.kn-md').innerText);
+            }
+            return shown;
+        }"""
+    )
+    assert all(each.startswith("Sure!") and each.rstrip().endswith("Done.") for each in shown)
+    assert_nothing_ran(notebook, browser)
+    print(f"\n{server.kind}: {len(answers)} hostile answers in the pane")
+    saved = json.dumps(notebook.save())
+    assert "Sure!" in saved
+    notebook.close()
+    server.stop_kernels()
+    again = browser.open(server, "pane.ipynb")
+    again.page.evaluate(GUARD)
+    assert again.shown(1).count("Sure!") >= 20
     again.page.wait_for_load_state("networkidle")
     assert_nothing_ran(again, browser)

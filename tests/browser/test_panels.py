@@ -71,24 +71,40 @@ def test_two_views_of_one_pane_show_the_same(server: JupyterServer, browser: Chr
     browser.assert_quiet()
 
 
-def test_the_conversation_reads_well_without_its_kernel(server: JupyterServer, browser: Chromium):
-    notebook, pane = open_pane(server, browser, "reopened.ipynb")
+@pytest.mark.parametrize("how", ["without a kernel", "with a fresh kernel", "untrusted"])
+def test_the_conversation_and_its_figures_read_well_when_reopened(server: JupyterServer, browser: Chromium, how: str):
+    if server.kind == "notebook" and how == "without a kernel":
+        pytest.skip("Notebook 7 starts a kernel with each notebook")
+    cells = ["%%chat\nasked in a **cell**", "%engine dashboard", "%engine panel echo"]
+    notebook, pane = open_pane(server, browser, "reopened.ipynb", *cells)
     pane.ask("remember **this**")
     pane.wait_for_turns(1)
+    notebook.run(2, 3, 4)
     notebook.wait_for(lambda: "remember" in json.dumps(notebook.outputs(1)))
     saved = notebook.save()
     assert "widgets" not in saved["metadata"]
     notebook.close()
     server.stop_kernels()
-    cases = [True] if server.kind == "notebook" else [True, False]
-    for has_kernel in cases:
-        again = browser.open(server, "reopened.ipynb", has_kernel=has_kernel)
-        again.page.wait_for_timeout(1000)
-        shown = again.shown(1)
-        assert "remember" in shown
-        assert "model not found" not in shown
-        assert "Loading widget" not in shown
-        again.close()
+    if how == "untrusted":  # as from somebody else: what was signed was another file
+        saved["metadata"]["from"] = "elsewhere"
+        (server.root / "reopened.ipynb").write_text(json.dumps(saved))
+    again = browser.open(server, "reopened.ipynb", has_kernel=how != "without a kernel")
+    is_trusted = "() => [...kn.panel().content.model.cells].every((cell) => cell.trusted)"
+    assert again.page.evaluate(is_trusted) is (how != "untrusted")
+    again.page.wait_for_timeout(1000)
+    shown = {index: again.shown(index) for index in (1, 2, 3, 4)}
+    assert "remember this" in shown[1]
+    assert "asked in a cell" in shown[2]
+    assert "%load_engine echo" in shown[4]
+    for text in shown.values():
+        assert "model not found" not in text
+        assert "Loading widget" not in text
+        assert "<div" not in text
+    for index in (2, 3):
+        figure = again.cell(index).locator(".jp-RenderedPlotly, svg:has(text), img[src^='data:image/svg']").first
+        figure.wait_for()
+        assert figure.bounding_box()["height"] > 100
+    browser.assert_quiet()
 
 
 def test_the_panels_are_accessible_in_both_themes(server: JupyterServer, browser: Chromium):
@@ -104,4 +120,45 @@ def test_the_panels_are_accessible_in_both_themes(server: JupyterServer, browser
         set_theme(notebook, theme)
         assert findings(notebook.page, ".kn-chat") == []
         assert findings(notebook.page, ".kn-engine") == []
+    browser.assert_quiet()
+
+
+def test_a_pane_whose_kernel_was_restarted_says_so_and_offers_a_cell_that_resumes(
+    server: JupyterServer, browser: Chromium
+):
+    notebook, pane = open_pane(server, browser, "restarted.ipynb")
+    page = notebook.page
+    pane.ask("remember the milk")
+    pane.wait_for_turns(1)
+    page.evaluate("async () => { await kn.panel().sessionContext.session.kernel.restart() }")
+    gone = page.get_by_role("alert").filter(has_text="The kernel was restarted")
+    gone.wait_for()
+    assert pane.box.is_disabled()
+    gone.get_by_role("button").click()
+    notebook.wait_until_idle()
+    cells = page.evaluate("[...kn.panel().content.model.sharedModel.cells].map((cell) => cell.source)")
+    assert cells[2].startswith("%load_ext kani_nb\n%chat resume ")
+    notebook.run(2)
+    resumed = notebook.cell(2).locator(".kn-chat")
+    resumed.locator(".kn-turn").first.wait_for()
+    assert "remember the milk" in resumed.inner_text()
+    browser.assert_quiet()
+
+
+def test_what_stands_in_the_transcript_is_accessible_in_both_themes(server: JupyterServer, browser: Chromium):
+    cells = ["%%chat\nsome `code`, and\n\n| a | b |\n|---|---|\n| 1 | 2 |", "%engine dashboard", "%engine plan smollm2"]
+    server.write(
+        "axe.ipynb", [ECHO.format(delay=0), *cells, "%load_engine echo:delay=0.05", "%%chat\n" + "word " * 400]
+    )
+    notebook = browser.open(server, "axe.ipynb")
+    notebook.run(0, 1, 2, 3, 4)
+    notebook.start(5)
+    notebook.cell(5).locator(".kani-strip button").wait_for()
+    for theme in ("JupyterLab Light", "JupyterLab Dark"):
+        set_theme(notebook, theme)
+        assert findings(notebook.page, ".kani-strip", least=3) == []
+        assert findings(notebook.page, ".kani-nb", least=3) == []
+        assert findings(notebook.page, ".js-plotly-plot", least=1) == []
+    notebook.press_stop(5)
+    notebook.wait_until_done(5)
     browser.assert_quiet()

@@ -5,7 +5,6 @@ Each prints what it measured with the machine's load, and compares within one pr
 
 import asyncio
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 
 from kani_nb import BaseCompletion, ChatMessage, HuggingEngine, TextDelta
 from tests.kernels.driver import kernel
+from tests.timing.figures import p95, show
 
 pytestmark = [pytest.mark.timing, pytest.mark.timeout(900)]
 
@@ -30,15 +30,6 @@ TURNS = [
     "What would a modern version look like?",
     "Summarise everything.",
 ]
-
-
-def p95(values):
-    return sorted(values)[max(0, round(0.95 * len(values)) - 1)]
-
-
-def show(what, **figures):
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    print("\n" + json.dumps({"measured": what, **figures, "load": load, "cpus": os.cpu_count()}))
 
 
 async def ten_turns(folder, cache_gib):
@@ -189,3 +180,35 @@ def test_importing_and_loading_the_extension():
     ]
     show("CPU of import kani_nb and %load_ext", ms=[round(each * 1e3) for each in runs], p95_ms=round(p95(runs) * 1e3))
     assert p95(runs) < 0.15
+
+
+SLIDERS = """
+import json, time
+from kani_nb.notebook.panels import EnginePanel
+panel = EnginePanel("smollm2")
+assert panel.wait()
+times = {}
+for name, values in {
+    "max_context_size": [str(256 * step) for step in range(1, 33)],
+    "max_memory": [f"cpu={step}GiB" for step in range(1, 33)],
+    "scheme": ["nf4", "int8", "cpu-int8", "none"] * 8,
+}.items():
+    times[name] = []
+    for value in values:
+        began = time.perf_counter()
+        panel.values = {**panel.values, name: value}   # what a message of the front end does
+        times[name].append(time.perf_counter() - began)
+        assert panel.wait()
+print("FIGURES" + json.dumps(times))
+"""
+
+
+def test_moving_a_slider_of_the_engine_panel(smollm2):
+    """In the kernel: the time that the message takes on the main thread; the plan follows from another."""
+    with kernel() as running:
+        outcome = running.run(SLIDERS, timeout=300)
+    assert outcome.status == "ok", outcome.text
+    times = json.loads(outcome.text.split("FIGURES")[1].splitlines()[0])
+    for name, each in times.items():
+        show(f"a change of {name} in the engine panel", p95_ms=round(p95(each) * 1e3, 1), runs=len(each))
+    assert max(p95(each) for each in times.values()) < 0.02
