@@ -52,7 +52,7 @@ def conversation_figure(metrics: Sequence[GenerationMetrics], *, for_colab: bool
 
 
 def conversation_json(metrics: Sequence[GenerationMetrics]) -> dict[str, Any]:
-    """The same as plotly's `data`, `layout` and `config`; always as many traces in the same order."""
+    """The same as plotly's `data`, `layout` and `config`; as many traces, in that order, even without an answer."""
     return _plotly(_thinned(metrics))
 
 
@@ -104,8 +104,8 @@ def _values(points: Points, of: Callable[[GenerationMetrics], float | None]) -> 
 
 def _is_free_in_scale(points: Points) -> bool:
     """Whether free memory can share the axis with what is used."""
-    used = max(max(each.peak_bytes or 0, (each.weight_bytes or 0) + (each.kv_bytes or 0)) for _, each in points)
-    return max(each.free_bytes or 0 for _, each in points) <= _FREE_IN_SCALE * used
+    used = [max(each.peak_bytes or 0, (each.weight_bytes or 0) + (each.kv_bytes or 0)) for _, each in points]
+    return max((each.free_bytes or 0 for _, each in points), default=0) <= _FREE_IN_SCALE * max(used, default=0)
 
 
 def _svg(points: Points, summary: str) -> str:
@@ -211,7 +211,7 @@ def _decades(points: Points) -> tuple[int, int]:
 
 
 def _layout(points: Points) -> dict[str, Any]:
-    last = points[-1][0]
+    last = points[-1][0] if points else 0
     lowest, highest = _decades(points)
     across = {
         **AXIS,

@@ -27,27 +27,22 @@ class LiveFigure:
     def __init__(self, metrics: Sequence[GenerationMetrics]) -> None:
         import plotly.graph_objects as go
 
-        self.widget: Any = go.FigureWidget(layout={"template": None, "height": _HEIGHT})
-        self.draw(metrics)
+        figure = conversation_json(metrics)
+        layout = {**figure["layout"], "template": None, "height": _HEIGHT}
+        self.widget: Any = go.FigureWidget(data=figure["data"], layout=layout)
 
     def draw(self, metrics: Sequence[GenerationMetrics]) -> None:
         """Show these answers instead."""
-        if not metrics:
-            self.widget.data = []
-            return
         figure = conversation_json(metrics)
-        if len(self.widget.data) != len(figure["data"]):
-            self.widget.data = []
-            self.widget.add_traces(figure["data"])
-            self.widget.update_layout({**figure["layout"], "height": _HEIGHT})
-            return
+        # Numbers only: plotly.js confuses a whole layout that comes while it draws.
         with self.widget.batch_update():
             for trace, new in zip(self.widget.data, figure["data"], strict=True):
                 trace.x, trace.y = new["x"], new["y"]
                 if "customdata" in new:
                     trace.customdata = new["customdata"]
             for axis in ("xaxis", "xaxis2", "yaxis3"):
-                self.widget.layout[axis].range = figure["layout"][axis]["range"]
+                for name in ("range", "dtick"):
+                    self.widget.layout[axis][name] = figure["layout"][axis].get(name)
 
     def close(self) -> None:
         """Take it away. Safe to call twice."""

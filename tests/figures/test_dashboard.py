@@ -15,18 +15,19 @@ def figure():
 
 
 def test_it_begins_empty_and_follows_each_answer(figure):
-    assert figure.widget.data == ()
+    assert all(len(trace.y) == 0 for trace in figure.widget.data)
+    traces = figure.widget.data
     for count in (1, 2, 5):
         metrics = [turn(number) for number in range(1, count + 1)]
         figure.draw(metrics)
         expected = conversation_json(metrics)["data"]
         assert [trace.name for trace in figure.widget.data] == [trace["name"] for trace in expected]
         assert [list(trace.y) for trace in figure.widget.data] == [trace["y"] for trace in expected]
-    first = figure.widget.data[0]
-    figure.draw([turn(1)])
-    assert figure.widget.data[0] is first, "redrawn, not made anew"
+        assert all(now is before for now, before in zip(figure.widget.data, traces, strict=True)), "drawn anew in place"
+        for axis in ("xaxis", "yaxis3"):
+            assert list(figure.widget.layout[axis].range) == conversation_json(metrics)["layout"][axis]["range"]
     figure.draw([])
-    assert figure.widget.data == ()
+    assert all(len(trace.y) == 0 for trace in figure.widget.data)
 
 
 def test_closing_twice_does_no_harm(figure):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import escape
+
 from kani_nb._runtime import Runtime, runtime
 from kani_nb.figures.conversation import conversation_figure
 from kani_nb.figures.dashboard import LiveFigure
@@ -48,7 +50,11 @@ def _twin(metrics: list[GenerationMetrics]) -> dict[str, str]:
         markup = f'<div class="kani-nb"><div class="kani-nb-stat">{text}</div></div>'
         return {"text/html": style_tag() + markup, "text/plain": text}
     still = conversation_figure(metrics).still
-    return {"text/html": str(still["image/svg+xml"]), "text/plain": str(still["text/plain"])}
+    words = str(still["text/plain"])
+    return {
+        "text/html": f'{still["image/svg+xml"]}<pre class="kani-words">{escape(words)}</pre>',
+        "text/plain": words,
+    }
 
 
 def show_dashboard() -> Dashboard:

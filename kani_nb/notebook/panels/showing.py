@@ -15,10 +15,12 @@ from kani_nb.notebook.shell import can_ask, front_end
 from kani_nb.notebook.surface import SurfaceKind, surface_kind
 
 #: Hides what stands just before our twin (the dead line of a widget) where no panel lives, and the twin where one does.
+#: An untrusted notebook is shown without styles and without drawings: there the words of a drawing are seen instead.
 TWIN_STYLE = (
     "<style>.jp-OutputArea:not(:has(.kani-live,.js-plotly-plot))>"
     ".jp-OutputArea-child:has(+.jp-OutputArea-child .kani-twin){display:none}"
-    ".jp-OutputArea:has(.kani-live,.js-plotly-plot) .kani-twin{display:none}</style>"
+    ".jp-OutputArea:has(.kani-live,.js-plotly-plot) .kani-twin{display:none}"
+    ".kani-twin .kani-words{display:none}</style>"
 )
 
 
