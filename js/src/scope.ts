@@ -4,6 +4,7 @@ import type { Model } from "./model";
 
 export class Scope {
   private readonly undo: (() => void)[] = [];
+  private readonly timers = new Set<ReturnType<typeof setTimeout>>();
   private isOver = false;
 
   /** Have `step` run when the scope ends; at once where it has ended. */
@@ -31,14 +32,24 @@ export class Scope {
 
   /** Call `step` once after `ms`, unless the scope ends before; the result cancels it. */
   after(ms: number, step: () => void): () => void {
-    const timer = setTimeout(step, ms);
-    this.finally(() => clearTimeout(timer));
-    return () => clearTimeout(timer);
+    const timer = setTimeout(() => {
+      this.timers.delete(timer);
+      step();
+    }, ms);
+    this.timers.add(timer);
+    const cancel = (): void => {
+      clearTimeout(timer);
+      this.timers.delete(timer);
+    };
+    if (this.isOver) cancel();
+    return cancel;
   }
 
   /** Undo everything, the latest first. Safe to call twice. */
   readonly end = (): void => {
     this.isOver = true;
+    for (const timer of this.timers) clearTimeout(timer);
+    this.timers.clear();
     while (this.undo.length) this.undo.pop()?.();
   };
 }
