@@ -123,6 +123,7 @@ export class GrowingMarkdown {
   /** Draw the whole of `text`. */
   draw(text: string): void {
     const tokens = blocksOf(text);
+    if (!this.raws.length) this.root.textContent = "";
     let same = 0;
     while (same < tokens.length && same < this.raws.length && tokens[same]?.raw === this.raws[same]) same++;
     while (this.root.childElementCount > same) this.root.lastElementChild?.remove();

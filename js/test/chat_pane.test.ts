@@ -64,6 +64,25 @@ describe("a conversation", () => {
     expect(all(".kn-count").map((each) => each.textContent)).toEqual(["2 of 2"]);
   });
 
+  test("takes what is drawn of the running answer into its turn", () => {
+    const writeText = vi.fn(() => Promise.resolve());
+    vi.stubGlobal("navigator", { clipboard: { writeText } });
+    const { model, all, of } = shown({ recent: [turn(1)] });
+    const code = "```python\nprint(1)\n```";
+    model.arrives("running", { run: "r", seq: 1, prompt: "question 2", text: `one\n\n${code}\n\ntw` });
+    frames();
+    const [words, block] = all(".kn-running .kn-block");
+    model.arriveTogether({ recent: [turn(1), turn(2, { answer: `one\n\n${code}\n\ntwo` })], running: {} });
+    expect(of(".kn-running")).toBeNull();
+    const blocks = all("[data-turn=t2] .kn-block");
+    expect(blocks.slice(0, 2)).toEqual([words, block]);
+    expect(blocks.map((each) => each.textContent?.trim()).at(-1)).toBe("two");
+    expect(of("[data-turn=t2] .kn-md").hasAttribute("aria-live")).toBe(false);
+    of("[data-turn=t2] .kn-code-tools button").click();
+    expect(writeText).toHaveBeenCalledWith("print(1)");
+    vi.unstubAllGlobals();
+  });
+
   test("goes between the versions of a turn", () => {
     const { model, all } = shown({ recent: [turn(1, { siblings: ["t0", "t1"] })] });
     const [back, on] = [..."‹›"].map((text) => all("button").find((each) => each.textContent === text) as HTMLButtonElement);

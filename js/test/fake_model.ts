@@ -57,6 +57,12 @@ export class FakeModel<State extends object> implements Model<State> {
     this.tell(`change:${name}`);
   }
 
+  /** Traits that the kernel set in one message: all are there before the first is told of. */
+  arriveTogether(changes: Partial<State>): void {
+    Object.assign(this.state, changes);
+    for (const name of Object.keys(changes)) this.tell(`change:${name}`);
+  }
+
   /** How many listeners there are. */
   get size(): number {
     return [...this.listeners.values()].reduce((sum, each) => sum + each.size, 0);

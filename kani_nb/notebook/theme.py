@@ -20,7 +20,7 @@ _SHEET = """
 .jp-Cell:has(.jp-InputArea-editor):not(:has(.jp-InputPlaceholder)) .kani-nb-above{display:none}
 .kani-nb .kani-nb-md>:first-child{margin-top:2px}.kani-nb .kani-nb-md>:last-child{margin-bottom:0}
 .kani-nb-md p,.kani-nb-md ul,.kani-nb-md ol{margin:0 0 .6em}
-.kani-nb .kani-nb-md :is(h1,h2,h3,h4,h5,h6){font-weight:600;
+.kani-nb .kani-nb-md :is(h1,h2,h3,h4,h5,h6,[role=heading]){font-weight:600;
  font-size:1.1em;line-height:1.3;margin:.8em 0 .3em}
 .kani-nb .kani-nb-md pre{background:none;color:inherit;border:1px solid var(--kn-line);border-radius:6px;
  padding:8px 10px;

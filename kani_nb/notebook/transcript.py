@@ -92,14 +92,16 @@ class TurnText:
 
     def to_bundle(self, *, is_running: bool = False) -> dict[str, str]:
         """`text/html` and `text/plain`."""
-        return {"text/html": self._html(is_running), "text/plain": self._plain()}
+        sheet = style_tag(with_code="<pre><code class=" in self.answer_html)
+        return {"text/html": sheet + self.to_html(is_running=is_running), "text/plain": self.to_text()}
 
     def end_bundle(self) -> dict[str, str]:
         """The error and the stat line alone, as an output of their own."""
         markup = f'{style_tag()}<div class="kani-nb {math.IGNORE_CLASS}">{self._end_html()}</div>'
         return {"text/html": markup, "text/plain": plain("\n".join(filter(None, (self.error, self.stat))))}
 
-    def _html(self, is_running: bool) -> str:
+    def to_html(self, *, is_running: bool = False) -> str:
+        """The turn as safe HTML, for a page that has the style sheet (`theme.style_tag`)."""
         who = _escape(self.model)
         busy = "true" if is_running else "false"
         head = f'<div class="kani-nb {math.IGNORE_CLASS}" role="log" aria-label="Chat turn" aria-busy="{busy}">'
@@ -122,13 +124,14 @@ class TurnText:
             parts.append(f'<div class="kani-nb-stat">{_escape(self.status)}{bar}</div>')
         parts += [f'<div class="kani-nb-note">{_escape(note)}</div>' for note in self.notes]
         parts += [self._end_html(), "</div>"]
-        return style_tag(with_code="<pre><code class=" in self.answer_html) + "".join(parts)
+        return "".join(parts)
 
     def _end_html(self) -> str:
         error = f'<div class="kani-nb-note kani-nb-error">{_escape(self.error)}</div>' if self.error else ""
         return error + (f'<div class="kani-nb-stat">{_escape(self.stat)}</div>' if self.stat else "")
 
-    def _plain(self) -> str:
+    def to_text(self) -> str:
+        """The turn as text."""
         called = [line for step in self.steps for line in (step.said, f"[{step.line}]") if line]
         lines = [f"You: {self.prompt}", *called, f"{self.model}: {self.answer}"]
         lines += [f"[{each}]" for each in (self.status, *self.notes, self.error, self.stat) if each]

@@ -119,6 +119,7 @@ def test_a_thousand_tokens_a_second_into_the_pane(lab: JupyterServer, browser: C
     for turn in range(2):
         pane.ask("go")
         pane.wait_for_turns(turn + 1, timeout_s=120)
+        page.wait_for_timeout(3000)  # what the answer becomes below the pane is drawn after it
     gaps, long = page.evaluate("() => { kn.watching = false; return [kn.gaps, kn.long] }")
     notebook.run(2)
     tokens, seconds = map(float, notebook.shown(2).split()[-2:])

@@ -1,7 +1,9 @@
 """The pane as a widget: its messages, its traits, its twin; whatever a page sends, it answers."""
 
 import json
+import re
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -119,6 +121,30 @@ def test_the_twin_holds_the_end_of_the_conversation_as_safe_html(panel):
     assert "<strong>two</strong>" in twin["text/html"]
     assert "<script" not in twin["text/html"]
     assert "2 turns" in twin["text/plain"]
+
+
+def test_the_twin_lists_no_headings_and_typesets_the_last_formulas(panel, clean_runtime):
+    for number in range(3):
+        clean_runtime.engine.reply = f"# Head {number}\n\n" + f"$x_{number}$ " * 60
+        panel.ask("go")
+        wait_for(lambda count=number: len(panel.session.turns) > count and not panel.is_answering)
+    markup = panel.twin()["text/html"]
+    assert "<h1" not in markup
+    assert markup.count('role="heading" aria-level="1">Head') == 3
+    typeset = re.findall(r'class="mathjax_process[^>]*>\\\(x_(\d)', markup)
+    assert (len(typeset), typeset.count("2"), typeset.count("1")) == (100, 60, 40)
+    assert markup.count(r"\(x_") == 180, "the others stay as their source"
+
+
+def test_the_output_below_the_pane_follows_the_conversation(panel):
+    updates = []
+    panel.shown = SimpleNamespace(update=updates.append)
+    for text in ("one", "two", "three"):
+        panel.ask(text)
+        wait_for(lambda: not panel.is_answering)
+    assert panel.wait()
+    assert 1 <= len(updates) <= 3
+    assert "three" in updates[-1]["text/plain"]
 
 
 def test_a_closed_pane_sends_nothing_and_its_answer_is_kept(panel, clean_runtime):

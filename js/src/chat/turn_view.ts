@@ -1,9 +1,9 @@
 /** One turn on the page: prompt, tool steps, reasoning, answer, numbers; and what can be done with it. */
 
 import { assign, element, say } from "../dom";
-import { GrowingMarkdown } from "../markdown";
 import { Scope } from "../scope";
-import { copyButton, decorate, type Insert } from "./code_tools";
+import { AnswerBody } from "./answer_body";
+import { copyButton, type Insert } from "./code_tools";
 import type { LiveAnswer } from "./live_answer";
 import type { Running, Step, Turn } from "./types";
 
@@ -22,13 +22,16 @@ export interface Actions {
 export class TurnView {
   readonly node: HTMLElement;
   private readonly scope = new Scope();
-  private readonly body = element("div", { class: "kn-md", dir: "auto" });
+  private readonly body: AnswerBody;
   private isDrawn = false;
 
+  /** @param drawn the answer as it stands on the page already, if it does. */
   constructor(
     readonly turn: Turn,
-    private readonly actions: Actions,
+    actions: Actions,
+    drawn?: AnswerBody,
   ) {
+    this.body = drawn ?? new AnswerBody(actions.insert);
     const { siblings, id } = turn;
     const at = siblings.indexOf(id);
     const tools = element("div", { class: "kn-tools" });
@@ -44,7 +47,8 @@ export class TurnView {
       on.disabled = at === siblings.length - 1;
       tools.append(back, element("span", { class: "kn-count" }, `${at + 1} of ${siblings.length}`), on);
     }
-    this.body.textContent = turn.answer; // until it is drawn
+    if (drawn) this.draw();
+    else this.body.node.textContent = turn.answer;
     this.node = element(
       "article",
       { class: "kn-turn", "aria-label": `Turn ${turn.number}`, "data-turn": id },
@@ -53,7 +57,7 @@ export class TurnView {
       stepsNode(turn.steps),
       reasoningNode(turn.reasoning, false),
       element("div", { class: "kn-who" }, turn.model),
-      this.body,
+      this.body.node,
       element("p", { class: "kn-note kn-stat" }, turn.is_cut && !turn.stat ? "interrupted" : turn.stat),
       tools,
     );
@@ -63,12 +67,12 @@ export class TurnView {
   draw(): void {
     if (this.isDrawn) return;
     this.isDrawn = true;
-    this.body.textContent = "";
-    new GrowingMarkdown(this.body, (block) => decorate(this.scope, block, this.actions.insert)).draw(this.turn.answer);
+    this.body.draw(this.turn.answer);
   }
 
   /** Take it away. */
   end(): void {
+    this.body.end();
     this.scope.end();
     this.node.remove();
   }
@@ -87,18 +91,18 @@ export class RunningView {
   private readonly prompt = element("div", { class: "kn-said", dir: "auto" });
   private readonly steps = element("div");
   private readonly reasoning = element("details", { class: "kn-fold" }, element("summary", {}, "Reasoning"), element("div", { dir: "auto" }));
-  private readonly body = element("div", { class: "kn-md", dir: "auto", "aria-live": "polite", "aria-atomic": "false" });
+  private body: AnswerBody | null;
   private readonly notes = element("div");
   private readonly status = element("span", { role: "status" });
   private readonly numbers = element("span");
-  private readonly growing: GrowingMarkdown;
   private readonly question = element("p", { class: "kn-question" });
   private readonly asked: HTMLElement;
   private drawnSteps = "";
 
   /** @param answer sends what was pressed where the round asks. */
   constructor(insert: Insert, answer: (text: string) => void) {
-    this.growing = new GrowingMarkdown(this.body, (block) => decorate(this.scope, block, insert));
+    this.body = new AnswerBody(insert);
+    this.body.speak(true);
     const buttons = [["y", "Run it"], ["a", "Always"], ["n", "Do not run it"]].map(([text, label]) => {
       const button = element("button", { type: "button" }, label as string);
       this.scope.listen(button, "click", () => answer(text as string));
@@ -111,7 +115,7 @@ export class RunningView {
       this.prompt,
       this.steps,
       this.reasoning,
-      this.body,
+      this.body.node,
       this.asked,
       this.notes,
       element("p", { class: "kn-note kn-stat" }, element("i", { class: "kn-pulse", "aria-hidden": "true" }), this.status, this.numbers),
@@ -128,7 +132,7 @@ export class RunningView {
     this.reasoning.classList.toggle("kn-hidden", !live.reasoning);
     const thought = this.reasoning.lastElementChild;
     if (thought) say(thought, live.reasoning);
-    this.growing.draw(live.text);
+    this.body?.draw(live.text);
     say(this.question, (running.question ?? "").replace(/\s*\[y\]es.*$/s, ""));
     this.asked.classList.toggle("kn-hidden", !running.question);
     this.notes.replaceChildren(...(running.notes ?? []).map((note) => element("p", { class: "kn-note" }, note)));
@@ -136,7 +140,16 @@ export class RunningView {
     say(this.numbers, live.numbers ? ` · ${live.numbers}` : "");
   }
 
+  /** Hand on the answer as it is drawn; this view shows none from then on. */
+  handOn(): AnswerBody | undefined {
+    const body = this.body ?? undefined;
+    this.body = null;
+    body?.speak(false);
+    return body;
+  }
+
   end(): void {
+    this.body?.end();
     this.scope.end();
     this.node.remove();
   }

@@ -16,6 +16,8 @@ import css from "./chat_pane.css?inline";
 
 /** So near to its end the conversation stays there when it grows. */
 const NEAR_PX = 60;
+/** Turns that come into sight are drawn for so long in a frame. */
+const FRAME_MS = 25;
 
 function render({ model, el }: Context<State>): () => void {
   const scope = new Scope();
@@ -101,8 +103,11 @@ function render({ model, el }: Context<State>): () => void {
       ? null
       : new IntersectionObserver(
           (entries) => {
-            for (const { isIntersecting, target } of entries)
-              if (isIntersecting) views.find(({ node }) => node === target)?.draw();
+            for (const { isIntersecting, target } of entries) {
+              const view = isIntersecting && views.find(({ node }) => node === target);
+              if (view) near.add(view);
+            }
+            drawNear();
           },
           { root: log, rootMargin: "600px" },
         );
@@ -113,15 +118,38 @@ function render({ model, el }: Context<State>): () => void {
     draw();
     if (isNear) log.scrollTop = log.scrollHeight;
   };
+  // The latest first, and no more in a frame than it has time for.
+  const near = new Set<TurnView>();
+  let nearFrame = 0;
+  const drawNear = (): void => {
+    nearFrame ||= requestAnimationFrame(() => {
+      nearFrame = 0;
+      const endsAt = performance.now() + FRAME_MS;
+      staysDown(() => {
+        for (const view of [...near].sort((one, other) => other.turn.number - one.turn.number)) {
+          view.draw();
+          near.delete(view);
+          if (performance.now() > endsAt) break;
+        }
+      });
+      if (near.size) drawNear();
+    });
+  };
+  scope.finally(() => cancelAnimationFrame(nearFrame));
   const drawTurns = (): void => {
     const turns = [...(model.get("history") ?? []), ...(model.get("recent") ?? [])];
     let same = 0;
     while (same < turns.length && same < views.length && isSame(turns[same] as Turn, (views[same] as TurnView).turn)) same++;
     for (const view of views.splice(same)) {
       seen?.unobserve(view.node);
+      near.delete(view);
       view.end();
     }
-    const fresh = turns.slice(same).map((turn) => new TurnView(turn, actions));
+    const isOver = !model.get("running")?.run;
+    const fresh = turns.slice(same).map((turn, at, all) => {
+      const drawn = isOver && at === all.length - 1 ? runningView?.handOn() : undefined;
+      return new TurnView(turn, actions, drawn);
+    });
     log.append(...fresh.map(({ node }) => node));
     views.push(...fresh);
     for (const view of fresh) {

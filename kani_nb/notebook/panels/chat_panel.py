@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ from kani_nb.conversation.session import ChatSession
 from kani_nb.engines.attachments import part_of
 from kani_nb.errors import KaniNbError
 from kani_nb.notebook.panels.chat_control import ChatControl
+from kani_nb.notebook.panels.chat_twin import ChatTwin
+from kani_nb.notebook.panels.latest import Latest
 from kani_nb.notebook.panels.showing import ShownPanel
 from kani_nb.notebook.stop_bus import StopBus
-from kani_nb.notebook.theme import style_tag
-from kani_nb.notebook.transcript import plain
-from kani_nb.notebook.turn_text import text_of_turn
 
 _STATIC = Path(__file__).parents[2] / "static"
-#: A notebook keeps the twin: so much of the conversation's end, and where the rest is.
-_TWIN_BYTES = 200_000
+#: The static output follows after so long: a front end draws it anew as a whole, and typesets its formulas.
+_TWIN_AFTER_S = 0.5
 
 
 class ChatPanel(anywidget.AnyWidget):
@@ -53,6 +51,7 @@ class ChatPanel(anywidget.AnyWidget):
     ) -> None:
         super().__init__()
         self._is_closed = False
+        self._twin, self._twins = ChatTwin(), Latest("kani-nb-pane-twin", pause_s=_TWIN_AFTER_S)
         self._bus = bus
         self._comm_id = str(getattr(self.comm, "comm_id", ""))
         if bus is not None and self._comm_id:
@@ -89,31 +88,16 @@ class ChatPanel(anywidget.AnyWidget):
         if self._bus is not None:
             self._bus.unregister(self._comm_id)
         self._control.close()
+        self._twins.close()
         super().close()
 
     def twin(self) -> dict[str, str]:
-        """The conversation as a static output: its last turns, and where the others are."""
-        name = self.session.conversation.name
-        parts: list[str] = []
-        words: list[str] = []
-        left = _TWIN_BYTES
-        turns = self.session.turns
-        for turn in reversed(turns):
-            bundle = text_of_turn(turn).to_bundle()
-            markup = bundle["text/html"]
-            left -= len(markup)
-            if left < 0 and parts:
-                break
-            parts.append(markup)
-            words.append(bundle["text/plain"])
-        more = len(turns) - len(parts)
-        head = f"{name}: {len(turns)} turns" + (f"; the first {more} are not shown here" if more else "")
-        head += f" (%chat open {name} goes on with it)" if turns else ""
-        line = f'{style_tag()}<div class="kani-nb"><div class="kani-nb-stat">{escape(head)}</div></div>'
-        return {
-            "text/html": line + "".join(reversed(parts)),
-            "text/plain": plain("\n\n".join([head, *reversed(words)])),
-        }
+        """The conversation as a static output."""
+        return self._twin.draw(self.session)
+
+    def wait(self, timeout_s: float = 30.0) -> bool:
+        """Block until the static output below the pane is that of the conversation; whether that came in time."""
+        return self._twins.wait(timeout_s)
 
     def _show(self, changes: dict[str, Any]) -> None:
         if self._is_closed:
@@ -122,6 +106,10 @@ class ChatPanel(anywidget.AnyWidget):
             for name, value in changes.items():
                 setattr(self, name, value)
         if self.shown is not None and "recent" in changes:
+            self._twins.submit(self._update_twin)
+
+    def _update_twin(self) -> None:
+        if self.shown is not None:
             self.shown.update(self.twin())
 
     def _send_delta(self, delta: dict[str, Any]) -> None:

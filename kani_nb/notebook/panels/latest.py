@@ -11,10 +11,11 @@ class Latest:
 
     Args:
         name: of the thread, which lives only while there is something to do.
+        pause_s: to wait before each job, in which a newer one may take its place.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, pause_s: float = 0.0) -> None:
+        self._name, self._pause_s = name, pause_s
         self._changed = threading.Condition()
         self._waiting: Callable[[], None] | None = None
         self._is_running = False
@@ -40,11 +41,14 @@ class Latest:
         with self._changed:
             self._is_closed = True
             self._waiting = None
+            self._changed.notify_all()
 
     def _run(self) -> None:
         try:
             while True:
                 with self._changed:
+                    if self._pause_s and self._waiting is not None:
+                        self._changed.wait_for(lambda: self._is_closed, self._pause_s)
                     job, self._waiting = self._waiting, None
                     if job is None:
                         return
