@@ -225,10 +225,11 @@ describe("a running answer", () => {
 });
 
 describe("the running text", () => {
+  const words = ["a", "b", "c", "d", "e", "f"];
+  const text = (seq: number) => words.slice(0, seq).join("");
+
   test("is never wrong, whatever is lost or late", () => {
     // Every subset of six messages, of which the first, fourth and last are wholes.
-    const words = ["a", "b", "c", "d", "e", "f"];
-    const text = (seq: number) => words.slice(0, seq).join("");
     for (let lost = 0; lost < 2 ** 6; lost++) {
       const live = new LiveAnswer();
       for (let seq = 1; seq <= 6; seq++) {
@@ -238,6 +239,21 @@ describe("the running text", () => {
         expect(text(6).startsWith(live.text)).toBe(true);
       }
       if (!(lost & (1 << 5))) expect(live.text).toBe(text(6));
+    }
+  });
+
+  test("whatever the order of its messages, the answer is whole when all are there", () => {
+    const orders = (rest: number[]): number[][] =>
+      rest.length ? rest.flatMap((each) => orders(rest.filter((other) => other !== each)).map((order) => [each, ...order])) : [[]];
+    for (const order of orders([1, 2, 3, 4, 5, 6])) {
+      const live = new LiveAnswer();
+      live.whole({ run: "before", seq: 9, text: "another" });
+      for (const seq of order) {
+        if (seq === 1 || seq === 4) live.whole({ run: "r", seq, text: text(seq) });
+        else live.delta({ kind: "delta", run: "r", seq, text: words[seq - 1] as string, numbers: "" });
+        expect(live.text === "another" || text(6).startsWith(live.text)).toBe(true);
+      }
+      expect(live.text).toBe(text(6));
     }
   });
 

@@ -1,11 +1,12 @@
-/** The running answer, put together from wholes and numbered deltas: what was missed is waited for, never guessed. */
+/** The running answer, put together from wholes and numbered deltas, in whatever order they come: nothing is guessed. */
 
 import type { Delta, Running } from "./types";
 
 export class LiveAnswer {
   private run = "";
   private seq = 0;
-  private hasGap = false;
+  /** Deltas that came before what they follow: a trait is set later than a message that was sent after it. */
+  private readonly early = new Map<number, Delta>();
   text = "";
   reasoning = "";
   numbers = "";
@@ -14,27 +15,34 @@ export class LiveAnswer {
   whole(running: Running): boolean {
     const run = running.run ?? "";
     const seq = running.seq ?? 0;
-    if (run === this.run && seq < this.seq && !this.hasGap) return false;
+    if (run === this.run && seq < this.seq) return false;
     this.run = run;
     this.seq = seq;
-    this.hasGap = false;
     this.text = running.text ?? "";
     this.reasoning = running.reasoning ?? "";
     this.numbers = running.numbers ?? "";
+    this.follow();
     return true;
   }
 
-  /** Take a delta; one that does not follow the last is dropped, and the next whole makes up for it. */
+  /** Take a delta; one that does not follow yet is kept until it does, or until a whole has made up for it. */
   delta(delta: Delta): boolean {
-    if (delta.run !== this.run || this.hasGap || delta.seq <= this.seq) return false;
-    if (delta.seq !== this.seq + 1) {
-      this.hasGap = true;
-      return false;
+    if (delta.run === this.run && delta.seq <= this.seq) return false;
+    if ([...this.early.values()].some(({ run }) => run !== delta.run)) this.early.clear();
+    this.early.set(delta.seq, delta);
+    return delta.run === this.run && this.follow();
+  }
+
+  private follow(): boolean {
+    const before = this.seq;
+    for (const [seq, { run }] of this.early) if (run !== this.run || seq <= this.seq) this.early.delete(seq);
+    for (let next = this.early.get(this.seq + 1); next; next = this.early.get(this.seq + 1)) {
+      this.early.delete(next.seq);
+      this.seq = next.seq;
+      this.text += next.text ?? "";
+      this.reasoning += next.reasoning ?? "";
+      this.numbers = next.numbers;
     }
-    this.seq = delta.seq;
-    this.text += delta.text ?? "";
-    this.reasoning += delta.reasoning ?? "";
-    this.numbers = delta.numbers;
-    return true;
+    return this.seq > before;
   }
 }
