@@ -64,7 +64,7 @@ describe("a conversation", () => {
     expect(all(".kn-count").map((each) => each.textContent)).toEqual(["2 of 2"]);
   });
 
-  test("takes what is drawn of the running answer into its turn", () => {
+  test.each(["recent", "running"])("takes what is drawn of the running answer into its turn, told of %s first", (first) => {
     const writeText = vi.fn(() => Promise.resolve());
     vi.stubGlobal("navigator", { clipboard: { writeText } });
     const { model, all, of } = shown({ recent: [turn(1)] });
@@ -72,7 +72,8 @@ describe("a conversation", () => {
     model.arrives("running", { run: "r", seq: 1, prompt: "question 2", text: `one\n\n${code}\n\ntw` });
     frames();
     const [words, block] = all(".kn-running .kn-block");
-    model.arriveTogether({ recent: [turn(1), turn(2, { answer: `one\n\n${code}\n\ntwo` })], running: {} });
+    const recent = [turn(1), turn(2, { answer: `one\n\n${code}\n\ntwo` })];
+    model.arriveTogether(first === "recent" ? { recent, running: {} } : { running: {}, recent });
     expect(of(".kn-running")).toBeNull();
     const blocks = all("[data-turn=t2] .kn-block");
     expect(blocks.slice(0, 2)).toEqual([words, block]);

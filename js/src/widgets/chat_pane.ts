@@ -174,6 +174,7 @@ function render({ model, el }: Context<State>): () => void {
     composer.answering(is);
     root.classList.toggle("kn-is-answering", is);
     if (!is) {
+      drawTurns(); // what it became came in the same message, and takes over what is drawn
       runningView?.end();
       runningView = null;
       for (const { node } of views) node.classList.remove("kn-replaced");

@@ -18,7 +18,7 @@ from kani_nb.notebook.turn_text import text_of_turn
 #: So much of the conversation's end, in bytes of HTML.
 _MOST_BYTES = 200_000
 #: Formulas that are typeset, at about half a millisecond each; the others stay as their source.
-_MOST_FORMULAS = 100
+_MOST_FORMULAS = 50
 _HEADING = re.compile(r"<(/?)h([1-6])>")
 
 
