@@ -431,21 +431,3 @@ def test_a_process_killed_in_mid_answer_loses_at_most_a_second_of_it(tmp_path):
     older = "".join(piece for at, piece in shown if at < killed_at - 1)
     assert len(older) > 50
     assert last.answer.text.startswith(older)
-
-
-def test_conversations_are_found_by_what_was_said_in_them(store):
-    whales = saved(store, created(store, "one", "a.ipynb"), made_turn("tell me of Whales 100%_!"))
-    ferns = saved(store, created(store, "two", "b.ipynb"), made_turn("Größe der Farne \ud800"))
-    assert store.search("whales") == store.search("WHALES") == {whales.id}
-    assert store.search("größe DER") == {ferns.id}
-    assert store.search("100%_!") == {whales.id}
-    assert store.search("100x") == store.search("%") - {whales.id} == set()
-    assert store.search("role") == set(), "a word of the record's form"
-    assert store.search("whales", "b.ipynb") == set()
-    assert store.search("whales", "a.ipynb") == {whales.id}
-
-
-def created(store, name, notebook):
-    conversation = Conversation.new(name, notebook)
-    store.create(conversation)
-    return conversation
