@@ -17,21 +17,21 @@ __all__ = ["ask_token", "refuse_secrets", "without_secrets"]
 
 _ADVICE = (
     "set HF_TOKEN in the environment before the kernel starts, or in Colab's Secrets, or run %kani token and paste it "
-    "at the hidden prompt; then remove it from this cell, and revoke it if the notebook was shared"
+    "at the hidden prompt; then remove it from this {place}, and revoke it if the notebook was shared"
 )
 
 #: The same where a server is named: Hugging Face's token would not help there.
 _SERVER_ADVICE = (
     "set KANI_NB_API_KEY in the environment before the kernel starts (OPENAI_API_KEY for OpenAI itself), and name the "
     "bare address; a server that wants a name and a password, or a key in its address, is given whole in "
-    "OPENAI_BASE_URL and loaded with openai:MODEL; then remove it from this cell, and revoke it if the notebook was "
+    "OPENAI_BASE_URL and loaded with openai:MODEL; then remove it from this {place}, and revoke it if the notebook was "
     "shared"
 )
 _SERVER = re.compile(r"(?i)\bhttps?://|(?:^|\s)(?:openai|vllm):|:[^\s@/]+@")
 
 
-def refuse_secrets(line: str) -> None:
-    """Raise if a magic's line holds a token, before anything can repeat it.
+def refuse_secrets(line: str, place: str = "cell") -> None:
+    """Raise if a magic's line, or a control of a panel, holds a token, before anything can repeat it.
 
     Raises:
         ConfigError: the line holds a token, an option that would, or an address with a password or a key; the message
@@ -39,10 +39,9 @@ def refuse_secrets(line: str) -> None:
     """
     if not holds_secret(line):
         return
-    saved = "it would be saved with the notebook"
-    if _SERVER.search(line):
-        raise ConfigError("a password or a key does not belong into a cell", why=saved, fix=_SERVER_ADVICE) from None
-    raise ConfigError("a token does not belong into a cell", why=saved, fix=_ADVICE) from None
+    what, advice = ("a password or a key", _SERVER_ADVICE) if _SERVER.search(line) else ("a token", _ADVICE)
+    why, fix = "it would be saved with the notebook", advice.format(place=place)
+    raise ConfigError(f"{what} does not belong into a {place}", why=why, fix=fix) from None
 
 
 def ask_token(ask: Callable[[str], str], variable: str = "HF_TOKEN") -> None:

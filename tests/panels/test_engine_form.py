@@ -65,6 +65,25 @@ def test_a_mistake_is_told_at_its_control(name, value, said):
     assert said in form.errors[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", "hf_abcdefghijklmnopqrstuv"),
+        ("model", "https://me:pa55word@host:8000/v1"),
+        ("model", "vllm:http://host:8000/v1?api_key=pa55word"),
+        ("revision", "hf_abcdefghijklmnopqrstuv"),
+        ("stop_strings", ["END", "hf_abcdefghijklmnopqrstuv"]),
+    ],
+)
+def test_a_secret_is_refused_at_its_control_and_never_repeated(name, value):
+    form = read_form({"model": "m", name: value})
+    assert form.config is None
+    assert list(form.errors) == [name]
+    assert "does not belong into a panel" in form.errors[name]
+    assert "hf_abc" not in str(form)
+    assert "pa55word" not in str(form)
+
+
 def test_mistakes_in_several_controls_are_all_told():
     values = {"model": "m", "threads": "x", "group_size": "7", "temperature": "-1", "max_context_size": "0"}
     assert set(read_form(values).errors) == {"threads", "group_size", "temperature", "max_context_size"}

@@ -13,6 +13,7 @@ from typing import Any
 from kani_nb.config import EngineConfig, config_from_args
 from kani_nb.errors import ConfigError, KaniNbError
 from kani_nb.generation_params import GenerationParams
+from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.options import LOAD_OPTIONS, Option
 from kani_nb.quantization import Quantization
 
@@ -159,11 +160,16 @@ def read_form(values: Mapping[str, Value]) -> FormReading:
     """The configuration that the controls describe, or what is wrong, by control."""
     given: dict[str, Any] = {"model": str(values.get("model") or "")}
     errors: dict[str, str] = {}
+    try:
+        refuse_secrets(given["model"], "panel")
+    except ConfigError as error:
+        return FormReading(None, {"model": str(error)})
     for option in LOAD_OPTIONS:
         value = values.get(option.dest)
         if value is None or value == "" or value == []:
             continue
         try:
+            refuse_secrets("\n".join(value) if isinstance(value, list) else str(value), "panel")
             given[option.dest] = _read(option, value)
         except ValueError:
             kind = "a whole number" if option.type is int else "a number"

@@ -35,6 +35,7 @@ class ShownPanel:
     def __init__(self, widget: Any, twin: Mapping[str, str]) -> None:
         from IPython.display import display
 
+        _allow_widgets()
         # Not `display(widget)`: the ipywidgets of Colab would put its own text beside it.
         shown = widget._repr_mimebundle_()
         bundle, metadata = shown if isinstance(shown, tuple) else (shown, {})
@@ -62,6 +63,15 @@ def need_place_for_panel(shell: Any, instead: str) -> None:
     """
     if not can_show_panel(shell):
         raise ConfigError("there is no place for a panel here", why="nobody could press it", fix=instead)
+
+
+def _allow_widgets() -> None:
+    """Let Colab draw widgets that are not Jupyter's own: anywidget asks for that by itself, plotly 5 does not."""
+    try:
+        from google.colab import output
+    except ImportError:
+        return
+    output.enable_custom_widget_manager()
 
 
 def _marked(twin: Mapping[str, str]) -> dict[str, str]:
