@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from kani_nb.notebook.stop_bus import StopBus
 
 _UPDATE_S = 0.25
+#: An answer that is over by then needs no Stop: a widget whose output is replaced while a page still makes its view is
+#: an error on the page's console.
+_SHOWN_AFTER_S = 0.3
 #: anywidget gives up making a model after 2 s; a page may be slow to begin.
 _LINGER_S = 8.0
 _SPARKLINE_POINTS = 40
@@ -51,6 +54,7 @@ class LiveStrip:
         bus: sees the click while a cell runs.
         memory: bytes to draw; the process's resident memory by default.
         clock: seconds that only grow.
+        shown_after_s: what an answer must last for a strip.
         linger_s: how long a widget lives at least: one that is closed while the front end still makes it is an error on
             the page's console. (The front end could say when it has; but a message to a busy kernel makes JupyterLab
             show it as idle.)
@@ -63,9 +67,10 @@ class LiveStrip:
         *,
         memory: Callable[[], int] = resident_bytes,
         clock: Callable[[], float] = time.monotonic,
+        shown_after_s: float = _SHOWN_AFTER_S,
         linger_s: float = _LINGER_S,
     ) -> None:
-        self._linger_s = linger_s
+        self._shown_after_s, self._linger_s = shown_after_s, linger_s
         self._on_stop = on_stop
         self._bus = bus
         self._memory = memory
@@ -76,13 +81,14 @@ class LiveStrip:
         self._widget: Any = None
         self._handle: Any = None
         self._comm_id = ""
-        self._started_at = 0.0
+        self._is_open = False
+        self._started_at = self._shown_at = 0.0
         self._next_at = 0.0
 
     @property
     def is_open(self) -> bool:
-        """Whether it is on the page."""
-        return self._widget is not None
+        """Whether the answer runs that it belongs to; it may not be on the page yet."""
+        return self._is_open
 
     @property
     def is_stopping(self) -> bool:
@@ -90,10 +96,19 @@ class LiveStrip:
         return self._clicked.is_set()
 
     def open(self) -> None:
-        """Display the strip."""
+        """Begin: the answer starts now."""
+        self._is_open = True
+        self._started_at = self._clock()
+        _widget_class()  # imports what it needs before a model needs the time
+        self._show_if_due()
+
+    def _show_if_due(self) -> None:
+        now = self._clock()
+        if self._widget is not None or not self._is_open or now < self._started_at + self._shown_after_s:
+            return
         from IPython.display import display
 
-        self._started_at = self._clock()
+        self._shown_at = now
         self._widget = widget = _widget_class()(state={"status": "starting"})
         self._comm_id = str(widget.comm.comm_id)
         widget.state = {"status": "starting", "comm": self._comm_id}
@@ -112,9 +127,12 @@ class LiveStrip:
             tokens: how many there are so far.
             first_text_at: the clock's time of the first of them.
         """
-        if self._widget is None:
+        if not self._is_open:
             return
         self._bus.pump()
+        self._show_if_due()
+        if self._widget is None:
+            return
         if self._clicked.is_set() and not self._is_acknowledged:
             self._is_acknowledged = True
             self._widget.send({"kind": "ack"})
@@ -141,12 +159,17 @@ class LiveStrip:
 
         After a short answer the widget itself is closed a few seconds later, from a thread.
         """
+        is_open, self._is_open = self._is_open, False
         widget, self._widget = self._widget, None
         if widget is None:
+            if is_open and bundle is not None:
+                from IPython.display import display
+
+                display(dict(bundle), raw=True)
             return
         self._bus.unregister(self._comm_id)
         self._handle.update(dict(bundle or _NOTHING), raw=True)
-        wait_s = self._linger_s - (self._clock() - self._started_at)
+        wait_s = self._linger_s - (self._clock() - self._shown_at)
         if wait_s <= 0:
             _close(widget)
             return

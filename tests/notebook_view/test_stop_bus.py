@@ -181,7 +181,7 @@ from kani_nb.notebook.stop_bus import StopBus
 from kani_nb.notebook.strip import LiveStrip, can_show_strip
 bus = StopBus(get_ipython())
 stop = threading.Event()
-strip = LiveStrip(stop.set, bus, linger_s=0)
+strip = LiveStrip(stop.set, bus, shown_after_s=0, linger_s=0)
 print(can_show_strip(get_ipython()))
 def answer(limit_s):
     strip.open()
