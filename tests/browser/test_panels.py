@@ -107,6 +107,8 @@ def test_the_conversation_and_its_figures_read_well_when_reopened(server: Jupyte
         figure = again.cell(index).locator(".jp-RenderedPlotly, svg:has(text), img[src^='data:image/svg']").first
         figure.wait_for()
         assert figure.bounding_box()["height"] > 100
+    # What JupyterLab itself says of a saved widget, whosever it is; the twin is what is read then.
+    browser.complaints = [each for each in browser.complaints if "widget model not found" not in each]
     browser.assert_quiet()
 
 
