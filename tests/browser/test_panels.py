@@ -112,7 +112,12 @@ def test_the_conversation_and_its_figures_read_well_when_reopened(server: Jupyte
     browser.assert_quiet()
 
 
-def test_the_panels_are_accessible_in_both_themes(server: JupyterServer, browser: Chromium):
+#: Whatever of a panel sticks out of it.
+OUTSIDE = """() => [...document.querySelectorAll('.kani-panel, .kani-panel .kn-turn, .kani-panel .kn-side')]
+  .filter((each) => each.scrollWidth > each.clientWidth + 1).map((each) => each.className)"""
+
+
+def test_the_panels_are_accessible_in_both_themes_and_widths(server: JupyterServer, browser: Chromium, artifacts: Path):
     notebook, pane = open_pane(server, browser, "axe.ipynb", "%engine panel smollm2 --quant nf4")
     notebook.run(2)
     notebook.page.wait_for_selector(".kn-verdict >> text=Fits", timeout=60_000)
@@ -121,10 +126,18 @@ def test_the_panels_are_accessible_in_both_themes(server: JupyterServer, browser
     notebook.page.get_by_role("button", name="Settings").click()
     notebook.page.get_by_role("button", name="Conversations").click()
     notebook.page.wait_for_selector(".kn-chats button")
+    if server.kind == "lab":
+        notebook.page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
     for theme in ("JupyterLab Light", "JupyterLab Dark"):
         set_theme(notebook, theme)
         assert findings(notebook.page, ".kn-chat") == []
         assert findings(notebook.page, ".kn-engine") == []
+        for width in (1280, 600):
+            notebook.page.set_viewport_size({"width": width, "height": 2200})
+            notebook.page.wait_for_timeout(300)
+            assert notebook.page.evaluate(OUTSIDE) == []
+            name = f"panels-{server.kind}-{theme.split()[1].lower()}-{width}.png"
+            notebook.page.screenshot(path=artifacts / name)
     browser.assert_quiet()
 
 

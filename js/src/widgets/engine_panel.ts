@@ -88,7 +88,7 @@ function render({ model, el }: Context<State>): () => void {
   const steps = element("ul", { class: "kn-steps kn-note" });
   const progress = element("progress", { max: 1, "aria-label": "Progress of the load" });
   const busy = element("div", { class: "kn-busy" }, steps, stage, progress);
-  const said = element("p", { role: "status", "aria-live": "polite" });
+  const said = element("p", { class: "kn-outcome", role: "status", "aria-live": "polite" });
   const engines = element("ul", { class: "kn-engines", "aria-label": "Loaded engines" });
   const root = element(
     "div",
@@ -154,6 +154,8 @@ function render({ model, el }: Context<State>): () => void {
     const described = now.model;
     const window = described?.window ? `, a window of ${described.window.toLocaleString("en")} tokens` : "";
     say(about, described?.is_reading ? "Reading its configuration…" : described?.title ? `${described.title}${window}. ${described.note}` : "");
+    const context = fields.get("max_context_size")?.node.querySelector("input[type=text]");
+    if (context) assign(context, { placeholder: described?.window ? `default: ${described.window.toLocaleString("en")}` : "default" });
     contextSlider.max = String(Math.log2(described?.window ?? 131072));
     const hasErrors = Object.keys(now.errors ?? {}).length > 0;
     plan.draw(hasErrors ? null : now.plan, hasErrors ? "No plan: a control cannot be used." : "Planning…");
