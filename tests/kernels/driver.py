@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import KernelManager
 
 from tests.kernels import overlays
+
+#: Every set of versions that kernels are tested with.
+VERSIONS = ("installed", *overlays.OVERLAYS)
 
 
 @dataclass
@@ -157,17 +161,19 @@ class Kernel:
 
 @contextmanager
 def kernel(
-    overlay: str | None = None, *, cwd: Path | None = None, env: dict[str, str] | None = None
+    versions: str = "installed", *, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> Iterator[Kernel]:
-    """A kernel of the installed versions, or with an overlay laid over them."""
+    """A kernel of the installed versions, or with an overlay laid over them; skips the test where that is missing."""
     environment = dict(os.environ, PYDEVD_DISABLE_FILE_VALIDATION="1", **(env or {}))
-    if overlay is not None:
+    if versions != "installed":
+        if not overlays.is_installed(versions):
+            pytest.skip(f"python -m tests.kernels.overlays installs {versions}")
         environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(overlays.overlay_folder(overlay)), environment.get("PYTHONPATH")])
+            filter(None, [str(overlays.overlay_folder(versions)), environment.get("PYTHONPATH")])
         )
     manager = KernelManager()
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    manager._kernel_spec = KernelSpec(argv=argv, display_name=overlay or "installed", language="python")
+    manager._kernel_spec = KernelSpec(argv=argv, display_name=versions, language="python")
     manager.start_kernel(env=environment, cwd=str(cwd) if cwd else None)
     running = Kernel(manager)
     try:

@@ -4,16 +4,13 @@ import time
 
 import pytest
 
-from tests.kernels import overlays
-from tests.kernels.driver import kernel
+from tests.kernels.driver import VERSIONS, kernel
 
 pytestmark = pytest.mark.kernels
 
 
-@pytest.mark.parametrize("version", [None, *overlays.OVERLAYS])
+@pytest.mark.parametrize("version", VERSIONS)
 def test_an_awaited_answer_is_interrupted_at_once_and_kept(own_home, version):
-    if version is not None and not overlays.is_installed(version):
-        pytest.skip(f"python -m tests.kernels.overlays installs {version}")
     with kernel(version, env={"KANI_NB_HOME": str(own_home)}) as running:
         assert running.run("%load_ext kani_nb\n%load_engine echo:delay=0.1").status == "ok"
         running.run("import kani_nb; chat = kani_nb.runtime().chat")

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.kernels import overlays
+from tests.kernels.driver import VERSIONS
 from tests.kernels.driver import kernel as start_kernel
 from tests.notebook.in_kernels import good
 
@@ -14,12 +14,9 @@ pytestmark = pytest.mark.kernels
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-@pytest.fixture(params=["installed", *overlays.OVERLAYS])
+@pytest.fixture(params=VERSIONS)
 def kernel(request, own_home):
-    if request.param != "installed" and not overlays.is_installed(request.param):
-        pytest.skip(f"python -m tests.kernels.overlays installs {request.param}")
-    overlay = None if request.param == "installed" else request.param
-    with start_kernel(overlay, env={"KANI_NB_HOME": str(own_home), "OMP_NUM_THREADS": "1"}) as running:
+    with start_kernel(request.param, env={"KANI_NB_HOME": str(own_home), "OMP_NUM_THREADS": "1"}) as running:
         good(running, "%load_ext kani_nb")
         yield running
 

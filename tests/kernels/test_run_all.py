@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from tests.kernels import overlays
 from tests.kernels.driver import kernel
 
 pytestmark = [pytest.mark.kernels, pytest.mark.timeout(300)]
@@ -32,11 +31,9 @@ def conversation(running):
     )
 
 
-@pytest.mark.parametrize("version", [None, "colab"])
+@pytest.mark.parametrize("version", ["installed", "colab"])
 @pytest.mark.parametrize("ids", [True, False], ids=["with cell ids", "without"])
 def test_running_all_cells_twice_gives_the_same_conversation(smollm2, own_home, version, ids):
-    if version is not None and not overlays.is_installed(version):
-        pytest.skip(f"python -m tests.kernels.overlays installs {version}")
     with kernel(version, env={"KANI_NB_HOME": str(own_home)}) as running:
         loaded = running.run("%load_ext kani_nb\n%config KaniNB.plot = 'never'\n%load_engine smollm2", timeout=120)
         assert loaded.status == "ok", loaded.text

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from tests.kernels import overlays
+from tests.kernels.driver import VERSIONS
 from tests.kernels.driver import kernel as start_kernel
 from tests.memory import EXACT_ALLOCATOR, MIB, make_wide_model
 
@@ -33,13 +33,10 @@ IS_ALIVE = "any(type(each).__name__ == 'LlamaForCausalLM' for each in __import__
 LIFT = "_resource.setrlimit(_resource.RLIMIT_DATA, _before)"
 
 
-@pytest.fixture(params=["installed", *overlays.OVERLAYS])
+@pytest.fixture(params=VERSIONS)
 def kernel(request, own_home, smollm2):
-    if request.param != "installed" and not overlays.is_installed(request.param):
-        pytest.skip(f"python -m tests.kernels.overlays installs {request.param}")
-    overlay = None if request.param == "installed" else request.param
     env = {"KANI_NB_HOME": str(own_home), "OMP_NUM_THREADS": "1", **EXACT_ALLOCATOR}
-    with start_kernel(overlay, env=env) as running:
+    with start_kernel(request.param, env=env) as running:
         good(running, "%load_ext kani_nb\n%config KaniNB.plot = 'never'\nimport kani_nb; rt = kani_nb.runtime()")
         yield running
 

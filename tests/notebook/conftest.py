@@ -4,7 +4,8 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
-from tests.kernels import overlays
+from tests.kernels.driver import VERSIONS
+from tests.kernels.driver import kernel as start_kernel
 from tests.notebook.in_kernels import good
 
 
@@ -55,15 +56,10 @@ def cells(bare_shell, capsys, clean_runtime):
     bare_shell.reset(new_session=False)
 
 
-@pytest.fixture(params=["installed", *overlays.OVERLAYS])
+@pytest.fixture(params=VERSIONS)
 def kernel(request, own_home):
     """A real kernel of each supported version, with the extension loaded."""
-    from tests.kernels.driver import kernel as start_kernel
-
-    if request.param != "installed" and not overlays.is_installed(request.param):
-        pytest.skip(f"python -m tests.kernels.overlays installs {request.param}")
-    overlay = None if request.param == "installed" else request.param
-    with start_kernel(overlay, env={"KANI_NB_HOME": str(own_home), "OMP_NUM_THREADS": "1"}) as running:
+    with start_kernel(request.param, env={"KANI_NB_HOME": str(own_home), "OMP_NUM_THREADS": "1"}) as running:
         good(running, "%load_ext kani_nb")
         good(running, "%config KaniNB.plot = 'never'")
         yield running

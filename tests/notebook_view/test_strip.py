@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from tests.kernels import overlays
-from tests.kernels.driver import kernel
+from tests.kernels.driver import VERSIONS, kernel
 
 pytestmark = pytest.mark.kernels
 
@@ -36,11 +35,9 @@ print(strip.is_open)
 OPEN_COMMS = "len(get_ipython().kernel.comm_manager.comms)"
 
 
-@pytest.mark.parametrize("name", ["installed", *overlays.OVERLAYS])
+@pytest.mark.parametrize("name", VERSIONS)
 def test_its_output_is_replaced_and_its_widget_closed(name):
-    if name != "installed" and not overlays.is_installed(name):
-        pytest.skip(f"python -m tests.kernels.overlays installs {name}")
-    with kernel(None if name == "installed" else name) as running:
+    with kernel(name) as running:
         outcome = running.run(OPEN_AND_CLOSE)
         assert outcome.status == "ok", outcome.text
         shown, printed = outcome.outputs
