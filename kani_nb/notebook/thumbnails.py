@@ -11,7 +11,7 @@ import base64
 import html
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kani_nb.engines.media_types import mime_of
 from kani_nb.messages import ImagePart, MessagePart
@@ -29,31 +29,32 @@ _STYLE = f"max-width:100%;max-height:{MAX_SIDE}px;display:block"
 
 def prompt_html(prompt: str | Sequence[MessagePart | str]) -> str:
     """Safe HTML of a prompt with its media in place; empty where there is no picture to show."""
-    if isinstance(prompt, str):
+    drawn = list(_drawn(prompt))
+    if not any(picture for _, picture in drawn):
         return ""
-    left, pieces, shows_any = _MOST_TOGETHER, [], False
-    for part in prompt:
-        found = _raster(part.data) if isinstance(part, ImagePart) else None
-        if found is not None and len(found[0]) <= left:
-            left -= len(found[0])
-            shows_any = True
-            pieces.append(_image(*found, part))
-        else:
-            pieces.append(html.escape(showable(part_text(part))))
-    return "".join(pieces) if shows_any else ""
+    return "".join(
+        _image(*picture, part) if picture else html.escape(showable(part_text(part))) for part, picture in drawn
+    )
 
 
 def prompt_pictures(prompt: str | Sequence[MessagePart | str]) -> list[dict[str, str]]:
     """The pictures of a prompt for a front end of ours: `{"words", "source"}`, a data address of a raster format."""
-    if isinstance(prompt, str):
-        return []
-    left, found = _MOST_TOGETHER, []
-    for part in prompt:
+    return [{"words": _words(part), "source": _data_address(*picture)} for part, picture in _drawn(prompt) if picture]
+
+
+def _drawn(prompt: str | Sequence[MessagePart | str]) -> Iterator[tuple[MessagePart | str, tuple[bytes, str] | None]]:
+    """Each part of a prompt, with its picture where that can be shown and the message has room for it."""
+    left = _MOST_TOGETHER
+    for part in () if isinstance(prompt, str) else prompt:
         picture = _raster(part.data) if isinstance(part, ImagePart) else None
-        if picture is not None and len(picture[0]) <= left:
-            left -= len(picture[0])
-            found.append({"words": showable(part_text(part)[1:-1]), "source": _data_address(*picture)})
-    return found
+        if picture is not None and len(picture[0]) > left:
+            picture = None
+        left -= len(picture[0]) if picture else 0
+        yield part, picture
+
+
+def _words(part: MessagePart | str) -> str:
+    return showable(part_text(part)[1:-1])
 
 
 def _data_address(content: bytes, mime: str) -> str:
@@ -61,7 +62,7 @@ def _data_address(content: bytes, mime: str) -> str:
 
 
 def _image(content: bytes, mime: str, part: MessagePart | str) -> str:
-    words = html.escape(showable(part_text(part)[1:-1]))
+    words = html.escape(_words(part))
     return f'<img alt="{words}" title="{words}" style="{_STYLE}" src="{_data_address(content, mime)}">'
 
 

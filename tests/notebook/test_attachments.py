@@ -18,7 +18,7 @@ from kani_nb.messages import AudioPart, ImagePart, TextPart, VideoPart
 from kani_nb.notebook import thumbnails
 from kani_nb.notebook.attachments import with_expressions_quoted
 from kani_nb.notebook.stream_view import StreamView
-from kani_nb.notebook.thumbnails import MAX_BYTES, prompt_html
+from kani_nb.notebook.thumbnails import MAX_BYTES, prompt_html, prompt_pictures
 from kani_nb.notebook.transcript import TurnText, prompt_text
 from kani_nb.options import split_words
 from tests.engines.file_server import encoded, make_png, noise_png, serving
@@ -331,6 +331,7 @@ def test_many_pictures_do_not_make_a_notebook_huge():
     assert markup.count("<img") == 4
     assert markup.count("[image/png") == 16
     assert len(markup) < 400_000
+    assert len(prompt_pictures([picture] * 20)) == 4
     assert prompt_html("text alone") == ""
     assert prompt_html([AudioPart(b"x", "audio/wav"), "text"]) == ""
 
