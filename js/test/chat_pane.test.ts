@@ -76,7 +76,8 @@ describe("a conversation", () => {
     model.arriveTogether(first === "recent" ? { recent, running: {} } : { running: {}, recent });
     expect(of(".kn-running")).toBeNull();
     const blocks = all("[data-turn=t2] .kn-block");
-    expect(blocks.slice(0, 2)).toEqual([words, block]);
+    expect(blocks[0]).toBe(words);
+    expect(blocks[1]).toBe(block);
     expect(blocks.map((each) => each.textContent?.trim()).at(-1)).toBe("two");
     expect(of("[data-turn=t2] .kn-md").hasAttribute("aria-live")).toBe(false);
     of("[data-turn=t2] .kn-code-tools button").click();
@@ -176,6 +177,58 @@ describe("writing", () => {
   });
 });
 
+describe("what could not be answered", () => {
+  const problem = { text: "it failed", prompt: "my words" };
+
+  test("comes back with its files", async () => {
+    const { model, write, press, answer, box, of, all } = shown();
+    const drop = new Event("drop", { bubbles: true, cancelable: true });
+    Object.assign(drop, { dataTransfer: { files: [new File(["x"], "dot.png", { type: "image/png" })] } });
+    of(".kn-chat").dispatchEvent(drop);
+    write("my words");
+    press("Enter");
+    await vi.waitFor(() => expect(model.sent).toMatchObject([{ kind: "send", files: [{ name: "dot.png", mime: "image/png" }] }]));
+    answer();
+    expect(all(".kn-chips li")).toHaveLength(0);
+    model.arrives("problem", problem);
+    expect(box.value).toBe("my words");
+    expect(all(".kn-chips li").map((each) => each.textContent)).toEqual([expect.stringContaining("dot.png")]);
+  });
+
+  test("comes back as the edit that it was", async () => {
+    const { model, button, write, press, answer } = shown({ recent: [turn(1)] });
+    button("Edit").click();
+    write("my words");
+    press("Enter");
+    await settled();
+    answer();
+    model.arrives("problem", problem);
+    press("Enter");
+    await settled();
+    expect(model.sent.at(-1)).toMatchObject({ kind: "edit", number: 1, text: "my words" });
+  });
+});
+
+describe("copying", () => {
+  test.each([true, false])("goes through a selection where the page has no clipboard, and says whether it went (%s)", async (works) => {
+    vi.stubGlobal("navigator", {});
+    let selected = "";
+    const execCommand = vi.fn(() => {
+      selected = (document.activeElement as HTMLTextAreaElement).value;
+      return works;
+    });
+    Object.assign(document, { execCommand });
+    const { button } = shown({ recent: [turn(1)] });
+    button("Copy").click();
+    await settled();
+    expect(selected).toBe("answer **1**");
+    expect(button(works ? "Copied" : "Not allowed here")).toBeDefined();
+    expect(document.querySelectorAll("textarea[aria-hidden]")).toHaveLength(0);
+    Reflect.deleteProperty(document, "execCommand");
+    vi.unstubAllGlobals();
+  });
+});
+
 describe("a running answer", () => {
   const running = { run: "r1", seq: 1, prompt: "q", text: "one ", status: "answering", numbers: "0.1 s" };
 
@@ -267,15 +320,23 @@ describe("the running text", () => {
   });
 });
 
-test("conversations are searched and opened, settings are set", () => {
+test("conversations are searched, renamed and opened, settings are set", () => {
   const { model, button, of, answer, all } = shown();
+  const input = (label: string) => all("label").find((each) => each.textContent === label)?.querySelector("input") as HTMLInputElement;
   button("Conversations").click();
   expect(model.sent.at(-1)).toMatchObject({ kind: "list", query: "" });
   answer({ chats: [{ name: "whales", turns: 1, notebook: "", updated_at: 0, is_current: true }] });
+  const name = input("Name of this conversation");
+  expect(name.value).toBe("chat-1");
+  name.value = "dolphins";
+  name.dispatchEvent(new Event("change"));
+  expect(model.sent.at(-1)).toMatchObject({ kind: "rename", name: "dolphins" });
+  answer();
+  expect(model.sent.at(-1)).toMatchObject({ kind: "list" });
   all(".kn-chats button")[0]?.click();
   expect(model.sent.at(-1)).toMatchObject({ kind: "open", name: "whales" });
   button("Settings").click();
-  const seed = [...all("label")].find((each) => each.textContent === "Seed")?.querySelector("input") as HTMLInputElement;
+  const seed = input("Seed");
   seed.value = "7";
   seed.dispatchEvent(new Event("change"));
   expect(model.sent.at(-1)).toMatchObject({ kind: "params", params: { seed: 7, temperature: null, do_sample: null } });

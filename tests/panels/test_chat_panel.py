@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from base64 import b64decode
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,11 @@ import pytest
 from kani_nb.config import EngineConfig
 from kani_nb.conversation.tools import Tools
 from kani_nb.functions import ai_function
+from kani_nb.messages import ImagePart
 from kani_nb.notebook.panels import ChatPanel
+from tests.engines.file_server import make_png
+
+PNG = make_png()
 
 
 @pytest.fixture
@@ -67,23 +72,39 @@ def test_what_cannot_be_done_is_answered_with_the_reason(panel, content, why):
     assert not panel.running
 
 
+def test_a_conversation_is_renamed_and_found_by_its_new_name(panel):
+    said(panel, kind="send", text="hello")
+    wait_for(lambda: panel.recent and not panel.running)
+    assert said(panel, kind="rename", name="whales")["kind"] == "done"
+    assert panel.around["name"] == "whales"
+    (found,) = said(panel, kind="list", query="whal")["chats"]
+    assert (found["name"], found["is_current"]) == ("whales", True)
+
+
 @pytest.mark.parametrize("content", [None, "stop", 7, ["kind"], {}])
 def test_what_is_no_message_does_no_harm(panel, content):
     panel._do(content, ())
 
 
-def test_a_picture_is_sent_with_the_words_and_shown(panel, clean_runtime):
-    from base64 import b64decode
-
-    dot = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+def test_a_picture_is_sent_with_the_words_and_shown(panel):
     files = [{"name": "dot.png", "mime": "image/png"}]
-    assert said(panel, kind="send", text="what is this?", files=files, buffers=[memoryview(dot)])["kind"] == "done"
-    wait_for(lambda: panel.problem.get("text") or (panel.recent and not panel.running))
-    if panel.recent:
-        (turn,) = panel.recent
-        assert turn["pictures"][0]["source"].startswith("data:image/png;base64,")
-    else:
-        assert "image" in panel.problem["text"], "an engine that reads none says so"
+    assert said(panel, kind="send", text="what is this?", files=files, buffers=[memoryview(PNG)])["kind"] == "done"
+    wait_for(lambda: panel.recent and not panel.running)
+    (turn,) = panel.recent
+    (picture,) = turn["pictures"]
+    assert b64decode(picture["source"].removeprefix("data:image/png;base64,")) == PNG
+    assert panel.session.turns[0].prompt.content == (ImagePart(PNG, "image/png"), "what is this?")
+
+
+def test_a_model_that_reads_no_pictures_says_so_and_the_words_can_be_sent_again(panel, clean_runtime, tiny_model):
+    clean_runtime.load_sync(EngineConfig(str(tiny_model), device="cpu"))
+    files = [{"name": "dot.png", "mime": "image/png"}]
+    assert said(panel, kind="send", text="what is this?", files=files, buffers=[memoryview(PNG)])["kind"] == "done"
+    wait_for(lambda: panel.problem)
+    assert "image" in panel.problem["text"]
+    assert panel.problem["prompt"] == "what is this?"
+    assert not panel.recent
+    assert not panel.session.turns
 
 
 def test_a_function_is_asked_for_in_the_pane(clean_runtime, own_home):

@@ -1,5 +1,6 @@
 /** Copy, and insert as the next cell: the buttons on a block of code. */
 
+import { copyText } from "../copy";
 import { element, say } from "../dom";
 import type { Scope } from "../scope";
 
@@ -10,11 +11,10 @@ export type Insert = ((code: string) => void) | null;
 export function copyButton(scope: Scope, label: string, text: () => string): HTMLButtonElement {
   const button = element("button", { type: "button", class: "kn-small" }, label);
   scope.listen(button, "click", () => {
-    void navigator.clipboard
-      ?.writeText(text())
-      .then(() => say(button, "Copied"))
-      .catch(() => say(button, "Not allowed here"))
-      .finally(() => scope.after(1500, () => say(button, label)));
+    void copyText(text()).then((isCopied) => {
+      say(button, isCopied ? "Copied" : "Not allowed here");
+      scope.after(1500, () => say(button, label));
+    });
   });
   return button;
 }

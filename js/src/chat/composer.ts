@@ -52,7 +52,7 @@ export class Composer {
   }
 
   /** Take files that were dropped or pasted. */
-  take(files: FileList | null | undefined, event?: Event): void {
+  take(files: Iterable<File> & { length: number } | null | undefined, event?: Event): void {
     if (!files?.length) return;
     event?.preventDefault();
     this.files.push(...files);
@@ -79,6 +79,10 @@ export class Composer {
     this.box.value = text;
     this.say(label);
     this.fit();
+  }
+
+  /** Let the person write on. */
+  focus(): void {
     this.box.focus();
   }
 

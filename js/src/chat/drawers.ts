@@ -13,27 +13,41 @@ const PARAMS = [
   ["seed", "Seed", "random"],
 ] as const;
 
+/** What the list of conversations asks for. */
+export interface ListActions {
+  find(query: string): void;
+  open(name: string): void;
+  begin(): void;
+  rename(name: string): void;
+}
+
 /** The conversations, found by name and by what was said in them. */
 export class ChatList {
   readonly node: HTMLElement;
   private readonly search = element("input", { type: "search", "aria-label": "Search conversations", placeholder: "Search" });
   private readonly list = element("ul", { class: "kn-chats", "aria-label": "Conversations" });
+  private readonly name = element("input", { type: "text" });
 
   constructor(
     private readonly scope: Scope,
-    ask: (query: string) => void,
-    private readonly open: (name: string) => void,
-    begin: () => void,
+    private readonly acts: ListActions,
   ) {
     let cancel: (() => void) | undefined;
     scope.listen(this.search, "input", () => {
       cancel?.();
-      cancel = scope.after(250, () => ask(this.search.value));
+      cancel = scope.after(250, () => acts.find(this.search.value));
     });
     scope.listen(this.search, "keydown", (event) => event.stopPropagation());
+    scope.listen(this.name, "change", () => acts.rename(this.name.value));
+    scope.listen(this.name, "keydown", (event) => event.stopPropagation());
     const fresh = element("button", { type: "button" }, "New conversation");
-    scope.listen(fresh, "click", begin);
-    this.node = element("section", { class: "kn-drawer", "aria-label": "Conversations" }, element("div", { class: "kn-row" }, this.search, fresh), this.list);
+    scope.listen(fresh, "click", () => acts.begin());
+    this.node = element("section", { class: "kn-drawer", "aria-label": "Conversations" }, element("label", { class: "kn-field" }, "Name of this conversation", this.name), element("div", { class: "kn-row" }, this.search, fresh), this.list);
+  }
+
+  /** Show what this conversation is called. */
+  call(name: string): void {
+    if (this.name !== document.activeElement) this.name.value = name;
   }
 
   draw(chats: readonly Chat[]): void {
@@ -45,7 +59,7 @@ export class ChatList {
           { type: "button", "aria-current": chat.is_current ? "true" : null },
           `${chat.name} · ${turns} · ${new Date(chat.updated_at * 1000).toLocaleString()}`,
         );
-        this.scope.listen(button, "click", () => this.open(chat.name));
+        this.scope.listen(button, "click", () => this.acts.open(chat.name));
         return element("li", {}, button);
       }),
     );

@@ -3,8 +3,8 @@
 import { inserter } from "../chat/code_tools";
 import { Composer, type Draft } from "../chat/composer";
 import { ChatList, Settings } from "../chat/drawers";
-import { LiveAnswer } from "../chat/live_answer";
-import { type Actions, RunningView, TurnView } from "../chat/turn_view";
+import { Log } from "../chat/log";
+import type { Actions } from "../chat/turn_view";
 import type { Chat, Delta, State, Turn } from "../chat/types";
 import { assign, element, say } from "../dom";
 import type { Context } from "../model";
@@ -14,10 +14,9 @@ import { stopper } from "../stop";
 import theme from "../theme.css?inline";
 import css from "./chat_pane.css?inline";
 
-/** So near to its end the conversation stays there when it grows. */
-const NEAR_PX = 60;
-/** Turns that come into sight are drawn for so long in a frame. */
-const FRAME_MS = 25;
+interface Sent extends Draft {
+  edited: Turn | null;
+}
 
 function render({ model, el }: Context<State>): () => void {
   const scope = new Scope();
@@ -28,6 +27,15 @@ function render({ model, el }: Context<State>): () => void {
     answered.delete(answer.id ?? "");
     then?.(answer as Answer & { chats?: Chat[] });
   });
+  /** What is written takes the place of this turn. */
+  let edited: Turn | null = null;
+  /** What was sent last, to be written on with where it could not be answered. */
+  let last: Sent | null = null;
+  const write = (draft: Sent): void => {
+    edited = draft.edited;
+    composer.fill(draft.text, edited ? `Takes the place of turn ${edited.number}; the old one stays as a branch. Empty it to cancel.` : "");
+    composer.take(draft.files);
+  };
   const ask = (kind: string, more: Record<string, unknown> = {}, then?: (answer: Answer & { chats?: Chat[] }) => void, buffers?: ArrayBuffer[]): void => {
     const id = requests.send(kind, more, buffers);
     if (then) answered.set(id, then);
@@ -35,18 +43,37 @@ function render({ model, el }: Context<State>): () => void {
 
   // -- the page ------------------------------------------------------------------------------------------------------
   const insert = inserter(model.widget_manager, el);
-  const log = element("div", { class: "kn-log", role: "log", "aria-label": "Conversation", "aria-live": "off", tabindex: 0 });
+  const actions: Actions = {
+    retry: ({ number }) => ask("retry", { number }),
+    edit: (turn) => {
+      write({ text: turn.prompt, files: [], edited: turn });
+      composer.focus();
+    },
+    go: (turn) => ask("switch", { turn }),
+    insert,
+  };
+  const log = new Log(scope, actions, (text) => ask("answer", { text }));
   const title = element("span", { class: "kn-title" });
   const meter = element("meter", { min: 0, max: 1, low: 0.7, high: 0.9, optimum: 0, "aria-label": "Context used" });
   const context = element("span");
   const notices = element("div", { "aria-live": "polite" });
   const problem = element("p", { class: "kn-error", role: "alert" });
   const gone = element("div", { class: "kn-gone kn-hidden", role: "alert" });
-  const list = new ChatList(scope, (query) => find(query), (name) => { ask("open", { name }); toggle("list", false); }, () => { ask("new"); toggle("list", false); });
+  const list = new ChatList(scope, {
+    find,
+    open: (name) => {
+      ask("open", { name });
+      toggle("list", false);
+    },
+    begin: () => {
+      ask("new");
+      toggle("list", false);
+    },
+    rename: (name) => ask("rename", { name }, () => find("")),
+  });
   const settings = new Settings(scope, (text) => ask("system", { text }), (params) => ask("params", { params }));
   const drawers = { list: list.node, settings: settings.node };
   const openers = { list: opener("Conversations", "list"), settings: opener("Settings", "settings") };
-  const live = new LiveAnswer();
   const sendStop = stopper(scope, model, () => model.get("door") ?? "", () => say(problem, "The kernel does not hear: interrupting it…"));
   const stop = (): void => {
     composer.stopping();
@@ -60,7 +87,7 @@ function render({ model, el }: Context<State>): () => void {
     element("div", { class: "kn-head" }, title, element("span", { class: "kn-context" }, meter, context), openers.list, openers.settings),
     drawers.list,
     drawers.settings,
-    log,
+    log.node,
     notices,
     problem,
     gone,
@@ -85,113 +112,12 @@ function render({ model, el }: Context<State>): () => void {
     ask("list", { query }, ({ chats }) => list.draw(chats ?? []));
   }
 
-  // -- turns ---------------------------------------------------------------------------------------------------------
-  let edited: Turn | null = null;
-  const actions: Actions = {
-    retry: ({ number }) => ask("retry", { number }),
-    edit: (turn) => {
-      edited = turn;
-      composer.fill(turn.prompt, `Takes the place of turn ${turn.number}; the old one stays as a branch. Empty it to cancel.`);
-    },
-    go: (turn) => ask("switch", { turn }),
-    insert,
-  };
-  let views: TurnView[] = [];
-  let runningView: RunningView | null = null;
-  const seen =
-    typeof IntersectionObserver === "undefined"
-      ? null
-      : new IntersectionObserver(
-          (entries) => {
-            for (const { isIntersecting, target } of entries) {
-              const view = isIntersecting && views.find(({ node }) => node === target);
-              if (view) near.add(view);
-            }
-            drawNear();
-          },
-          { root: log, rootMargin: "600px" },
-        );
-  scope.finally(() => seen?.disconnect());
-
-  const staysDown = (draw: () => void): void => {
-    const isNear = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_PX;
-    draw();
-    if (isNear) log.scrollTop = log.scrollHeight;
-  };
-  // The latest first, and no more in a frame than it has time for.
-  const near = new Set<TurnView>();
-  let nearFrame = 0;
-  const drawNear = (): void => {
-    nearFrame ||= requestAnimationFrame(() => {
-      nearFrame = 0;
-      const endsAt = performance.now() + FRAME_MS;
-      staysDown(() => {
-        for (const view of [...near].sort((one, other) => other.turn.number - one.turn.number)) {
-          view.draw();
-          near.delete(view);
-          if (performance.now() > endsAt) break;
-        }
-      });
-      if (near.size) drawNear();
-    });
-  };
-  scope.finally(() => cancelAnimationFrame(nearFrame));
-  const drawTurns = (): void => {
-    const turns = [...(model.get("history") ?? []), ...(model.get("recent") ?? [])];
-    let same = 0;
-    while (same < turns.length && same < views.length && isSame(turns[same] as Turn, (views[same] as TurnView).turn)) same++;
-    for (const view of views.splice(same)) {
-      seen?.unobserve(view.node);
-      near.delete(view);
-      view.end();
-    }
-    const isOver = !model.get("running")?.run;
-    const fresh = turns.slice(same).map((turn, at, all) => {
-      const drawn = isOver && at === all.length - 1 ? runningView?.handOn() : undefined;
-      return new TurnView(turn, actions, drawn);
-    });
-    log.append(...fresh.map(({ node }) => node));
-    views.push(...fresh);
-    for (const view of fresh) {
-      if (seen) seen.observe(view.node);
-      else view.draw();
-    }
-    if (runningView) log.append(runningView.node);
-  };
-
-  // -- the running answer --------------------------------------------------------------------------------------------
-  let frame = 0;
-  const later = (): void => {
-    frame ||= requestAnimationFrame(() => {
-      frame = 0;
-      if (runningView) staysDown(() => runningView?.draw(model.get("running") ?? {}, live));
-    });
-  };
-  scope.finally(() => cancelAnimationFrame(frame));
-  const drawRunning = (): void => {
+  // -- what is shown -------------------------------------------------------------------------------------------------
+  const drawLog = (): void => {
     const running = model.get("running") ?? {};
-    const is = Boolean(running.run);
-    composer.answering(is);
-    root.classList.toggle("kn-is-answering", is);
-    if (!is) {
-      drawTurns(); // what it became came in the same message, and takes over what is drawn
-      runningView?.end();
-      runningView = null;
-      for (const { node } of views) node.classList.remove("kn-replaced");
-      return;
-    }
-    if (!runningView) {
-      runningView = new RunningView(insert, (text) => ask("answer", { text }));
-      log.append(runningView.node);
-      log.scrollTop = log.scrollHeight;
-    }
-    let isReplaced = false;
-    for (const { node, turn } of views) {
-      isReplaced ||= turn.id === running.replaces;
-      node.classList.toggle("kn-replaced", isReplaced);
-    }
-    live.whole(running);
-    later();
+    composer.answering(Boolean(running.run));
+    root.classList.toggle("kn-is-answering", Boolean(running.run));
+    log.draw([...(model.get("history") ?? []), ...(model.get("recent") ?? [])], running);
   };
   const drawAround = (): void => {
     const around = model.get("around") ?? {};
@@ -201,12 +127,13 @@ function render({ model, el }: Context<State>): () => void {
     meter.classList.toggle("kn-hidden", used === null || most === null);
     if (used !== null && most !== null) meter.value = Math.min(1, used / most);
     say(context, used === null ? "" : `${used.toLocaleString("en")}${most ? ` of ${most.toLocaleString("en")}` : ""} tokens`);
+    list.call(around.name ?? "");
     settings.draw(around.system ?? "", around.params ?? {});
   };
   const drawProblem = (): void => {
     const { text = "", prompt = "" } = model.get("problem") ?? {};
     say(problem, text);
-    if (prompt && !composer.text) composer.fill(prompt);
+    if (prompt && !composer.text) write(last?.text === prompt ? last : { text: prompt, files: [], edited: null });
   };
   const drawNotices = (): void => {
     notices.replaceChildren(...(model.get("notices") ?? []).map((notice) => element("p", { class: "kn-note" }, notice)));
@@ -217,6 +144,7 @@ function render({ model, el }: Context<State>): () => void {
     const replaced = edited;
     const sent = (answer: Answer): void => {
       if (answer.kind !== "done") return;
+      last = { text, files, edited: replaced };
       edited = null;
       composer.clear();
     };
@@ -247,25 +175,18 @@ function render({ model, el }: Context<State>): () => void {
   };
   scope.on(model, "comm_live_update", lost);
   scope.on(model, "msg:custom", (message: Delta | undefined) => {
-    if (message?.kind === "delta" && live.delta(message)) later();
+    if (message?.kind === "delta") log.delta(message);
   });
-  for (const part of ["history", "recent"] as const) scope.on(model, `change:${part}`, () => staysDown(drawTurns));
-  scope.on(model, "change:running", () => staysDown(drawRunning));
+  for (const part of ["history", "recent", "running"] as const) scope.on(model, `change:${part}`, drawLog);
   scope.on(model, "change:around", drawAround);
   scope.on(model, "change:problem", drawProblem);
   scope.on(model, "change:notices", drawNotices);
-  drawTurns();
-  drawRunning();
+  drawLog();
   drawAround();
   drawProblem();
   drawNotices();
-  requestAnimationFrame(() => (log.scrollTop = log.scrollHeight));
-  scope.finally(() => views.forEach((view) => view.end()));
+  requestAnimationFrame(() => log.toEnd());
   return scope.end;
-}
-
-function isSame(one: Turn, other: Turn): boolean {
-  return one.id === other.id && one.siblings.length === other.siblings.length && one.number === other.number;
 }
 
 export default { render };

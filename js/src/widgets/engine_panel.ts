@@ -1,5 +1,6 @@
 /** The engine panel: controls on one side, the memory plan on the other, and the line that does the same below. */
 
+import { copyText } from "../copy";
 import { assign, element, say } from "../dom";
 import { LayerEditor, MemoryLimits, PlaceChoice } from "../engine/places";
 import { type Control, control, fill } from "../engine/fields";
@@ -75,13 +76,9 @@ function render({ model, el }: Context<State>): () => void {
   const line = element("code");
   const copy = button("Copy", () => void copyLine());
   const copyLine = async (): Promise<void> => {
-    try {
-      await navigator.clipboard.writeText(line.textContent ?? "");
-      say(copy, "Copied");
-    } catch {
-      getSelection()?.selectAllChildren(line);
-      say(copy, "Selected: press Ctrl-C");
-    }
+    const isCopied = await copyText(line.textContent ?? "");
+    if (!isCopied) getSelection()?.selectAllChildren(line);
+    say(copy, isCopied ? "Copied" : "Selected: press Ctrl-C");
     scope.after(2000, () => say(copy, "Copy"));
   };
   const stage = element("p", { class: "kn-note", role: "status" });

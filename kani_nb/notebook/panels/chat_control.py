@@ -85,7 +85,7 @@ class ChatControl:
         """Another answer to turn `number`."""
         session, params = self._session, dict(self._params)
         turn = session.conversation.turn_at(number)
-        self._start(turn.prompt.text, lambda: session.stream_retry(number, **params), replaces=turn.id)
+        self._start(turn.prompt.text, lambda: session.stream_retry(number, **params), replaces=turn.id, is_new=False)
 
     def edit(self, number: int, text: str) -> None:
         """Ask `text` in the place of turn `number`."""
@@ -102,7 +102,7 @@ class ChatControl:
         """End the running answer at its next token; whether there was one."""
         return self._session.stop()
 
-    def _start(self, prompt: str, open_stream: OpenStream, replaces: str = "") -> None:
+    def _start(self, prompt: str, open_stream: OpenStream, *, replaces: str = "", is_new: bool = True) -> None:
         self._rt.need_engine()
         if self._session.is_busy:
             name = self._session.conversation.name
@@ -110,9 +110,10 @@ class ChatControl:
         with self._lock:
             self._rounds += 1
         self._show({"problem": {}, "notices": []})
-        self._rt.loop.submit(self._answer(prompt, open_stream, replaces))
+        self._rt.loop.submit(self._answer(prompt, open_stream, replaces, prompt if is_new else ""))
 
-    async def _answer(self, prompt: str, open_stream: OpenStream, replaces: str) -> None:
+    async def _answer(self, prompt: str, open_stream: OpenStream, replaces: str, written: str) -> None:
+        """Run a round; `written` is what would be lost if it failed."""
         feed = AnswerFeed(
             new_id(), prompt, send=self._send, show=lambda whole: self._show({"running": whole}), replaces=replaces
         )
@@ -128,16 +129,14 @@ class ChatControl:
                     if isinstance(event, ChatReply):
                         notices = event.notices
                         if event.turn.id not in session.conversation.turns:
-                            problem = {"text": "Stopped before the first word: nothing was added.", "prompt": prompt}
+                            problem = {"text": "Stopped before the first word: nothing was added.", "prompt": written}
                     else:
                         feed.feed(event)
         except KaniNbError as error:
             is_kept = getattr(error, "reply", None) is not None
-            problem = {"text": str(error), "prompt": "" if is_kept else prompt}
-        except asyncio.CancelledError:
-            raise
+            problem = {"text": str(error), "prompt": "" if is_kept else written}
         except Exception as error:  # noqa: BLE001 - shown where the person looks; there is no cell for a traceback
-            problem = {"text": f"{type(error).__name__}: {error}", "prompt": prompt}
+            problem = {"text": f"{type(error).__name__}: {error}", "prompt": written}
         finally:
             ticking.cancel()
             self._host, session.host = None, before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class ChatPanel(anywidget.AnyWidget):
     ) -> None:
         super().__init__()
         self._is_closed = False
+        self._sync_lock = threading.RLock()
         self._twin, self._twins = ChatTwin(), Latest("kani-nb-pane-twin", pause_s=_TWIN_AFTER_S)
         self._bus = bus
         self._comm_id = str(getattr(self.comm, "comm_id", ""))
@@ -102,7 +104,8 @@ class ChatPanel(anywidget.AnyWidget):
     def _show(self, changes: dict[str, Any]) -> None:
         if self._is_closed:
             return
-        with self.hold_sync():
+        # From the loop's thread and the kernel's: what one holds back, the other would forget.
+        with self._sync_lock, self.hold_sync():
             for name, value in changes.items():
                 setattr(self, name, value)
         if self.shown is not None and "recent" in changes:
