@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kani_nb._loop import LoopThread, tell
+from kani_nb._loop import LoopThread
+from kani_nb._watchers import Watchers
 from kani_nb.config import EngineConfig
 from kani_nb.engines.base import BaseEngine, ProgressCallback
 from kani_nb.engines.registry import create_engine
@@ -63,19 +64,26 @@ class EngineRoster:
         self._replaceable: str | None = None
         self._slots: dict[str, Slot] = {}
         self._load_lock: asyncio.Lock | None = None
-        self._watchers: list[Callable[[], None]] = []
+        self._watchers = Watchers()
 
     def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
-        """Have `changed` called after an engine was loaded, freed or made the current one; the result ends that.
+        """Have `changed` called after an engine, or a conversation, came, went or became the current one.
+
+        The result ends that.
 
         It is called on whichever thread did that, and must be short.
         """
-        self._watchers.append(changed)
-        return lambda: self._watchers.remove(changed) if changed in self._watchers else None
+        return self._watchers.add(changed)
+
+    @property
+    def replaceable(self) -> str:
+        """Name of the engine that the next load without a name of its own frees first; empty where there is none."""
+        name = self._replaceable or ""
+        return name if name in self._engines else ""
 
     def given_back(self) -> dict[str, int]:
         """Bytes by device that the next load without a name of its own will free before it begins."""
-        engine = self._engines.get(self._replaceable or "")
+        engine = self._engines.get(self.replaceable)
         memory = engine.memory() if engine is not None else None
         if memory is None:
             return {}
@@ -122,7 +130,7 @@ class EngineRoster:
         """
         if isinstance(engine, str):
             self._current = self._known(engine)
-            tell(self._watchers)
+            self._watchers.tell()
             return self._engines[engine]
         if not isinstance(engine, BaseEngine):
             raise ConfigError(
@@ -133,7 +141,7 @@ class EngineRoster:
             self._engines[chosen] = engine
             self._configs.pop(chosen, None)
             self._current = chosen
-        tell(self._watchers)
+        self._watchers.tell()
         return engine
 
     async def load(
@@ -160,7 +168,7 @@ class EngineRoster:
         try:
             return await self._find_or_load(config, name, progress)
         finally:
-            tell(self._watchers)
+            self._watchers.tell()
 
     async def _find_or_load(
         self, config: EngineConfig, name: str | None, progress: ProgressCallback | None
@@ -228,7 +236,7 @@ class EngineRoster:
         try:
             return await self.loop.run(self._unload(name))
         finally:
-            tell(self._watchers)
+            self._watchers.tell()
 
     def unload_sync(self, name: str | None = None) -> UnloadReport:
         """`unload`, blocking the calling thread."""

@@ -8,25 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-
-
-_LOG = logging.getLogger(__name__)
-
-
-def tell(watchers: Iterable[Callable[[], None]]) -> None:
-    """Call each of them; what one raises is logged, since whoever only looks must not harm what is done."""
-    for changed in list(watchers):
-        try:
-            changed()
-        except Exception:  # noqa: BLE001
-            _LOG.exception("a watcher failed")
 
 
 class LoopThread:

@@ -14,10 +14,13 @@ from kani_nb._engines import EngineRoster, LoadedEngine, UnloadReport
 from kani_nb.conversation.session import ChatSession
 from kani_nb.conversation.store import ConversationStore, ConversationSummary, default_store_path
 from kani_nb.conversation.tree import Conversation
-from kani_nb.errors import ConversationBusyError, ConversationError, did_you_mean
+from kani_nb.errors import ConversationError, did_you_mean
 from kani_nb.metrics.recorder import Recorder
 
 __all__ = ["LoadedEngine", "Runtime", "UnloadReport", "runtime"]
+
+#: Characters of a conversation's name, which stands in lists and headings.
+_LONGEST_NAME = 200
 
 
 class Closeable(Protocol):
@@ -35,7 +38,7 @@ class Runtime(EngineRoster):
         loop: the event loop that engines and sessions live on.
         notebook: key of the notebook whose conversations these are, usually its path; empty where it is not known.
         saves: whether conversations are kept on disk.
-        dashboard: the live figure that follows this runtime, where a notebook has one: anything with `close`.
+        shown: what a notebook shows of this runtime that follows it (panels, the dashboard), by where it stands.
     """
 
     def __init__(self, store_path: Path | None = None) -> None:
@@ -43,7 +46,7 @@ class Runtime(EngineRoster):
         self.metrics = Recorder()
         self.notebook = ""
         self.saves = True
-        self.dashboard: Closeable | None = None
+        self.shown: dict[str, Closeable] = {}
         self._store_path = store_path
         self._store: ConversationStore | None = None
         self._chats: dict[str, ChatSession] = {}
@@ -69,10 +72,11 @@ class Runtime(EngineRoster):
     def chat(self) -> ChatSession:
         """The current conversation; a new one when there is none."""
         with self._lock:
-            if self._chat is None:
-                self.new_chat()
-            assert self._chat is not None
-            return self._chat
+            if self._chat is not None:
+                return self._chat
+            made = self._adopt(Conversation.new(self._free_chat_name(), self.notebook))
+        self._watchers.tell()
+        return made
 
     @property
     def current_chat(self) -> ChatSession | None:
@@ -82,6 +86,7 @@ class Runtime(EngineRoster):
     def set_chat(self, chat: ChatSession | None) -> None:
         """Make an open conversation the current one; with None the next one asked for is new."""
         self._chat = chat
+        self._watchers.tell()
 
     @property
     def chats(self) -> dict[str, ChatSession]:
@@ -92,14 +97,41 @@ class Runtime(EngineRoster):
         """Start a conversation and make it the current one.
 
         Raises:
-            ConversationError: there is one of that name.
+            ConversationError: there is one of that name, or it is none.
         """
-        taken = {summary.name for summary in self.list_chats()} | set(self.chats)
-        if name is None:
-            name = next(f"chat-{number}" for number in range(1, len(taken) + 2) if f"chat-{number}" not in taken)
-        elif name in taken:
-            raise ConversationError(f"there is a conversation {name!r} already", fix=f"%chat open {name}")
-        return self._adopt(Conversation.new(name, self.notebook, system))
+        name = self._free_chat_name() if name is None else self._new_chat_name(name, fix=f"%chat open {name}")
+        chat = self._adopt(Conversation.new(name, self.notebook, system))
+        self._watchers.tell()
+        return chat
+
+    def rename_chat(self, chat: ChatSession, name: str) -> None:
+        """Give a conversation another name.
+
+        Raises:
+            ConversationError: there is one of that name, or it is none.
+            ConversationBusyError: it is answering.
+        """
+        if name.strip() != chat.conversation.name:
+            chat.rename(self._new_chat_name(name, fix="choose another name"))
+
+    def _chat_names(self) -> set[str]:
+        return {summary.name for summary in self.list_chats()} | set(self.chats)
+
+    def _free_chat_name(self) -> str:
+        taken = self._chat_names()
+        return next(f"chat-{number}" for number in range(1, len(taken) + 2) if f"chat-{number}" not in taken)
+
+    def _new_chat_name(self, name: str, *, fix: str) -> str:
+        """That name, if a conversation may have it: two of one name could not be told apart."""
+        name = name.strip()
+        if not name:
+            raise ConversationError("a conversation needs a name", why="this one is empty")
+        if len(name) > _LONGEST_NAME:
+            why = f"it has {len(name):,} characters, and {_LONGEST_NAME} at most are allowed"
+            raise ConversationError(f"a conversation cannot be called {name[:20]!r}…", why=why, fix="a shorter one")
+        if name in self._chat_names():
+            raise ConversationError(f"there is a conversation {name!r} already", fix=fix)
+        return name
 
     def open_chat(self, name: str) -> ChatSession:
         """Make the conversation of that name the current one, with all turns that the store has of it.
@@ -109,6 +141,11 @@ class Runtime(EngineRoster):
         Raises:
             ConversationError: there is none, or several notebooks have one.
         """
+        chat = self._open(name)
+        self._watchers.tell()
+        return chat
+
+    def _open(self, name: str) -> ChatSession:
         mine = self.list_chats()
         summary = next((each for each in mine if each.name == name), None)
         if name in self.chats:
@@ -135,7 +172,9 @@ class Runtime(EngineRoster):
 
     def adopt_chat(self, conversation: Conversation) -> ChatSession:
         """Make a conversation from elsewhere (a file) the current one; it is saved with its next turn."""
-        return self._adopt(conversation)
+        chat = self._adopt(conversation)
+        self._watchers.tell()
+        return chat
 
     def resume(self, name: str | None = None) -> ChatSession:
         """Go on with the conversation of this notebook that was used last, or with the one of that name.
@@ -169,22 +208,27 @@ class Runtime(EngineRoster):
         """Delete a conversation for good.
 
         Raises:
-            ConversationError: there is none of that name.
+            ConversationError: there is none of that name, or there are several.
             ConversationBusyError: it is answering.
         """
-        open_ones = self.chats
-        if name in open_ones:
-            if open_ones[name].is_busy:
-                raise ConversationBusyError(f"conversation {name!r} is answering", fix="%chat stop, then delete it")
-            del self._chats[open_ones[name].conversation.id]
-            if self._chat is open_ones[name]:
-                self._chat = None
-        saved = [summary for summary in self.list_chats() if summary.name == name]
-        if not saved and name not in open_ones:
+        chat = self.chats.get(name)
+        found = {summary.id for summary in self.list_chats() if summary.name == name}
+        if chat is not None:
+            found = {chat.conversation.id} & found
+        elif not found:
             raise ConversationError(f"there is no conversation {name!r}", fix="%chat list")
-        for summary in saved:
+        if len(found) > 1:
+            fix = f"%chat open {name}, then %chat rename NAME"
+            raise ConversationError(f"{len(found)} conversations are called {name!r}", why="which one?", fix=fix)
+        if chat is not None:
+            chat.mark_deleted()
+            del self._chats[chat.conversation.id]
+            if self._chat is chat:
+                self._chat = None
+        for conversation_id in found:
             assert self.store is not None
-            self.store.delete(summary.id)
+            self.store.delete(conversation_id)
+        self._watchers.tell()
 
     def _adopt(self, conversation: Conversation) -> ChatSession:
         with self._lock:
@@ -200,6 +244,18 @@ class Runtime(EngineRoster):
             self._chat = chat
             return chat
 
+    def keep_shown(self, where: str, shown: Closeable) -> None:
+        """Remember what is shown, and close what was shown there before."""
+        self.close_shown(where)
+        self.shown[where] = shown
+
+    def close_shown(self, where: str | None = None) -> None:
+        """Close what is shown there, or all that is shown. Safe to call twice."""
+        for each in list(self.shown) if where is None else [where]:
+            shown = self.shown.pop(each, None)
+            if shown is not None:
+                shown.close()
+
     def stop(self) -> bool:
         """End every running answer at its next token; whether there was one."""
         stopped = [chat.stop() for chat in list(self._chats.values())]
@@ -207,6 +263,7 @@ class Runtime(EngineRoster):
 
     def close(self) -> None:
         """Free every engine, close the store and end the loop. The runtime can be used again afterwards."""
+        self.close_shown()
         for name in list(self._engines):
             self.unload_sync(name)
         with self._lock:

@@ -22,6 +22,7 @@ ROWS = [
         "_loop",
         "_interrupts",
         "_waiting",
+        "_watchers",
         "_secrets",
         "_arguments",
         "_amounts",

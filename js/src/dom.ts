@@ -40,6 +40,21 @@ export function say(node: Element, text: string): void {
   if (node.textContent !== text) node.textContent = text;
 }
 
+/** What a press of a button does. For nodes that go away with the button's listener: nothing else keeps them. */
+export function press(node: HTMLElement, act: () => void): void {
+  node.addEventListener("click", act);
+}
+
+/** What happens, without the numbers in it: what is worth being spoken when it changes. */
+export function stageOf(status: string): string {
+  return status.replace(/,?\s\d.*$/s, "");
+}
+
+/** Keep keys from the notebook, which has shortcuts of its own for buttons and sliders too; but for saving. */
+export function keepKeys(event: KeyboardEvent): void {
+  if (!((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "s")) event.stopPropagation();
+}
+
 function append(node: Element, children: Child[]): void {
   for (const child of children) if (child) node.append(child);
 }

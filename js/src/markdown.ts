@@ -107,17 +107,32 @@ function drawn(token: Token): HTMLElement {
   return node;
 }
 
+/** Put the longer code of `token` into a block of code, whose buttons and scroll position stay; whether that was one. */
+function grow(block: Element | null, token: Token | undefined): boolean {
+  const code = block?.querySelector("pre > code");
+  if (!code || token?.type !== "code") return false;
+  const longer = drawn(token).querySelector("pre > code");
+  if (!longer || longer.className !== code.className) return false;
+  code.replaceChildren(...longer.childNodes);
+  return true;
+}
+
 /**
  * A text that grows at its end, drawn into `root`: blocks that stay the same keep their nodes, so that a selection and
  * the scroll position of a code block stay too.
  */
 export class GrowingMarkdown {
   private raws: string[] = [];
+  private finished = 0;
 
-  /** @param decorate gets each new block, to put buttons onto code. */
+  /**
+   * @param decorate gets each new block, to put buttons onto code.
+   * @param finish gets each block when it has ended: when another follows it, or at `end`.
+   */
   constructor(
     readonly root: HTMLElement,
     private readonly decorate: (block: HTMLElement) => void = () => undefined,
+    private readonly finish: (block: HTMLElement) => void = () => undefined,
   ) {}
 
   /** Draw the whole of `text`. */
@@ -126,6 +141,8 @@ export class GrowingMarkdown {
     if (!this.raws.length) this.root.textContent = "";
     let same = 0;
     while (same < tokens.length && same < this.raws.length && tokens[same]?.raw === this.raws[same]) same++;
+    this.finished = Math.min(this.finished, same);
+    if (same === this.raws.length - 1 && grow(this.root.lastElementChild, tokens[same])) same++;
     while (this.root.childElementCount > same) this.root.lastElementChild?.remove();
     for (const token of tokens.slice(same)) {
       const block = drawn(token);
@@ -133,5 +150,15 @@ export class GrowingMarkdown {
       this.root.append(block);
     }
     this.raws = tokens.map((token) => token.raw);
+    this.finishUntil(tokens.length - 1);
+  }
+
+  /** There comes no more. */
+  end(): void {
+    this.finishUntil(this.root.childElementCount);
+  }
+
+  private finishUntil(count: number): void {
+    for (; this.finished < count; this.finished++) this.finish(this.root.children[this.finished] as HTMLElement);
   }
 }

@@ -12,39 +12,55 @@ export interface Answer {
   why?: string;
 }
 
-export class Requests<State extends object> {
-  private readonly open = new Map<string, () => void>();
-  private count = 0;
+interface Open<Given> {
+  kind: string;
+  answered: (answer: Given) => void;
+  /** Ends the wait for an answer. */
+  settle: () => void;
+}
 
-  /**
-   * @param complain shows what went wrong; an empty text takes it away.
-   * @param answered gets every answer.
-   */
+export class Requests<State extends object, Given extends Answer = Answer> {
+  private readonly open = new Map<string, Open<Given>>();
+  private count = 0;
+  /** What kinds of request were complained of: when such a one succeeds, the complaint goes. */
+  private readonly complained = new Set<string>();
+
+  /** @param complain shows what went wrong with a kind of request; an empty text takes it away. */
   constructor(
     private readonly scope: Scope,
     private readonly model: Model<State>,
-    private readonly complain: (text: string) => void,
-    answered: (answer: Answer) => void = () => undefined,
+    private readonly complain: (text: string, kind: string) => void,
   ) {
-    scope.on(model, "msg:custom", (answer: Answer | undefined) => {
-      const settle = answer?.id === undefined ? undefined : this.open.get(answer.id);
-      if (answer?.id === undefined || !settle) return;
+    scope.on(model, "msg:custom", (answer: Given | undefined) => {
+      const asked = answer?.id === undefined ? undefined : this.open.get(answer.id);
+      if (answer?.id === undefined || !asked) return;
       this.open.delete(answer.id);
-      settle();
-      this.complain(answer.kind === "error" ? (answer.why ?? "it failed") : "");
-      answered(answer);
+      asked.settle();
+      if (answer.kind === "error") this.say(asked.kind, answer.why ?? "it failed");
+      else if (this.complained.has(asked.kind)) this.say(asked.kind, "");
+      asked.answered(answer);
     });
   }
 
-  /** Send one message; its id. */
-  send(kind: string, more: Record<string, unknown> = {}, buffers: ArrayBuffer[] = []): string {
+  /** Send one message; `answered` gets the answer, whichever it is. */
+  send(kind: string, more: Record<string, unknown> = {}, answered: (answer: Given) => void = () => undefined, buffers: ArrayBuffer[] = []): void {
     const id = `${Date.now().toString(36)}-${++this.count}`;
-    const stop = this.scope.after(PATIENCE_MS, () =>
-      this.complain("The kernel has not answered yet: it is busy, or gone. What was asked is done when it is free."),
+    const settle = this.scope.after(PATIENCE_MS, () =>
+      this.say(kind, "The kernel has not answered yet: it is busy, or gone. What was asked is done when it is free."),
     );
-    this.open.set(id, stop);
+    this.open.set(id, { kind, answered, settle });
     if (buffers.length) this.model.send({ kind, id, ...more }, undefined, buffers);
     else this.model.send({ kind, id, ...more });
-    return id;
+  }
+
+  /** Complain of what was not sent at all. */
+  refuse(kind: string, why: string): void {
+    this.say(kind, why);
+  }
+
+  private say(kind: string, text: string): void {
+    if (text) this.complained.add(kind);
+    else this.complained.delete(kind);
+    this.complain(text, kind);
   }
 }

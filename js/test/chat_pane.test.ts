@@ -1,6 +1,7 @@
 import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
 import { LiveAnswer } from "../src/chat/live_answer";
 import type { Delta, State, Turn } from "../src/chat/types";
+import { Scope } from "../src/scope";
 import pane from "../src/widgets/chat_pane";
 import { FakeModel } from "./fake_model";
 
@@ -142,29 +143,114 @@ describe("writing", () => {
     expect(model.sent).toEqual([]);
   });
 
-  test("keys do not reach the notebook", () => {
-    const { el, press } = shown();
-    const reached = vi.fn();
-    el.addEventListener("keydown", reached);
-    press("a");
-    press("Escape");
-    expect(reached).not.toHaveBeenCalled();
+  test.each(["textarea", "button", ".kn-log", "select", "input[type=number]"])("keys on %s do not reach the notebook, but for saving", (selector) => {
+    const { el, of } = shown({ recent: [turn(1)] });
+    const reached: string[] = [];
+    el.addEventListener("keydown", ({ key }) => reached.push(key));
+    for (const key of ["a", "b", "d", "x", "Escape", "ArrowDown", "Enter"]) of(selector).dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+    expect(reached).toEqual([]);
+    of(selector).dispatchEvent(new KeyboardEvent("keydown", { key: "s", ctrlKey: true, bubbles: true }));
+    expect(reached).toEqual(["s"]);
   });
 
-  test("a turn is edited in the box, and emptying that gives up", async () => {
-    const { model, button, box, write, press, all } = shown({ recent: [turn(1)] });
+  test("a setting that cannot be used stays as it was typed, marked, with the reason beside it", () => {
+    const { model, all, answer } = shown();
+    const input = all("label").find((each) => each.textContent === "Top p")?.querySelector("input") as HTMLInputElement;
+    input.value = "2";
+    input.dispatchEvent(new Event("change"));
+    answer({ kind: "error", why: "top_p is 2.0: it must be above 0 and at most 1" });
+    model.arrives("around", { name: "chat-1", params: {} });
+    expect([input.value, input.getAttribute("aria-invalid")]).toEqual(["2", "true"]);
+    expect(document.getElementById(input.getAttribute("aria-describedby") as string)?.textContent).toContain("top_p is 2.0");
+    input.value = "";
+    input.dispatchEvent(new Event("change"));
+    answer();
+    expect(input.hasAttribute("aria-invalid")).toBe(false);
+  });
+
+  test("a turn is edited in the box", async () => {
+    const { model, button, box, write, press } = shown({ recent: [turn(1)] });
     button("Edit").click();
     expect(box.value).toBe("question 1");
     write("question 1, better");
     press("Enter");
     await settled();
-    expect(model.sent.at(-1)).toMatchObject({ kind: "edit", number: 1, text: "question 1, better" });
-    write("");
-    write("new");
+    expect(model.sent.at(-1)).toMatchObject({ kind: "edit", turn: "t1", text: "question 1, better" });
+  });
+
+  test.each(["Escape", "Cancel"])("an edit is given up by %s, and what was written before is there again", async (how) => {
+    const { model, button, box, write, press, of } = shown({ recent: [turn(1)] });
+    write("my draft");
+    button("Edit").click();
+    expect(of(".kn-composer .kn-row").textContent).toContain("turn 1");
+    if (how === "Escape") press("Escape");
+    else button("Cancel").click();
+    expect(box.value).toBe("my draft");
     press("Enter");
     await settled();
-    expect(model.sent.at(-1)).toMatchObject({ kind: "send", text: "new" });
-    expect(all(".kn-composer .kn-note:not(.kn-hidden)")).toEqual([]);
+    expect(model.sent.at(-1)).toMatchObject({ kind: "send", text: "my draft" });
+  });
+
+  test("an edit ends when its turn leaves the page", async () => {
+    const { model, button, write, press } = shown({ recent: [turn(1)] });
+    button("Edit").click();
+    write("my words");
+    model.arrives("recent", [turn(1, { id: "of another conversation" })]);
+    press("Enter");
+    await settled();
+    expect(model.sent.at(-1)).toMatchObject({ kind: "send", text: "my words" });
+  });
+
+  test("Enter pressed twice sends once, and what is written meanwhile stays", async () => {
+    const { model, write, press, box, answer } = shown();
+    write("hello");
+    press("Enter");
+    press("Enter");
+    await settled();
+    expect(model.sent).toHaveLength(1);
+    write("hello, and more");
+    answer();
+    expect(box.value).toBe("hello, and more");
+    press("Enter");
+    await settled();
+    expect(model.sent).toHaveLength(2);
+  });
+
+  test("the Enter that ends a composition in Safari sends nothing", async () => {
+    const { model, write, press } = shown();
+    write("に");
+    press("Enter", { keyCode: 229 });
+    await settled();
+    expect(model.sent).toEqual([]);
+  });
+
+  test("what cannot be sent is refused where it was dropped: too large, unreadable", async () => {
+    const { model, write, press, of, all } = shown();
+    const drop = (...files: File[]) => of(".kn-chat").dispatchEvent(Object.assign(new Event("drop", { bubbles: true }), { dataTransfer: { files } }));
+    const complaints = () => all("[role=alert]").map((each) => each.textContent).join(" ");
+    const large = new File(["x"], "photo.jpg");
+    Object.defineProperty(large, "size", { value: 12 * 2 ** 20 });
+    drop(large);
+    expect(all(".kn-chips li")).toHaveLength(0);
+    expect(complaints()).toContain("photo.jpg has 12.0 MB: 8 MB together can be sent from here");
+    const gone = new File(["x"], "gone.png");
+    gone.arrayBuffer = () => Promise.reject(new Error("it was deleted"));
+    drop(gone);
+    write("hello");
+    press("Enter");
+    await vi.waitFor(() => expect(complaints()).toContain("it was deleted"));
+    expect(model.sent).toEqual([]);
+    expect(all(".kn-chips li")).toHaveLength(1);
+  });
+
+  test("a table is pasted as text, a picture as a picture", () => {
+    const { box, all } = shown();
+    const paste = (types: string[]) =>
+      box.dispatchEvent(Object.assign(new Event("paste", { bubbles: true, cancelable: true }), { clipboardData: { types, files: [new File(["x"], "a.png")] } }));
+    paste(["text/plain", "Files"]);
+    expect(all(".kn-chips li")).toHaveLength(0);
+    paste(["Files"]);
+    expect(all(".kn-chips li")).toHaveLength(1);
   });
 
   test("what failed comes back into an empty box only", () => {
@@ -205,7 +291,7 @@ describe("what could not be answered", () => {
     model.arrives("problem", problem);
     press("Enter");
     await settled();
-    expect(model.sent.at(-1)).toMatchObject({ kind: "edit", number: 1, text: "my words" });
+    expect(model.sent.at(-1)).toMatchObject({ kind: "edit", turn: "t1", text: "my words" });
   });
 });
 
@@ -232,11 +318,59 @@ describe("copying", () => {
 describe("a running answer", () => {
   const running = { run: "r1", seq: 1, prompt: "q", text: "one ", status: "answering", numbers: "0.1 s" };
 
+  test("is spoken a block at a time, each once, and the last one when it ends", () => {
+    const { model, of } = shown({ running: { ...running, text: "", status: "reading the prompt 5/10 tokens" } });
+    const spoken = () => [...of("[role=status]").children].map((each) => each.textContent?.trim());
+    const comes = (seq: number, text: string) => {
+      model.receive({ kind: "delta", run: "r1", seq, text, status: "answering", numbers: "" } satisfies Delta);
+      frames();
+    };
+    frames();
+    comes(2, "one");
+    comes(3, " two\n\nthree");
+    comes(4, " four");
+    expect(spoken()).toEqual(["reading the prompt", "one two"]);
+    model.arriveTogether({ recent: [turn(1, { answer: "one two\n\nthree four five" })], running: {} });
+    expect(spoken()).toEqual(["reading the prompt", "one two", "three four five"]);
+    expect(of(".kn-turn [aria-live], .kn-turn[aria-busy]")).toBeNull();
+  });
+
+  test("code that grows keeps its node and its buttons", () => {
+    const { model, of, all } = shown({ running: { ...running, text: "```python\nx = 1" } });
+    frames();
+    const [block, copy] = [of(".kn-running pre"), of(".kn-running .kn-code-tools button")];
+    model.receive({ kind: "delta", run: "r1", seq: 2, text: "\ny = 2\n```", status: "", numbers: "" } satisfies Delta);
+    frames();
+    expect(of(".kn-running pre")).toBe(block);
+    expect(of(".kn-running .kn-code-tools button")).toBe(copy);
+    expect(all(".kn-running code .hljs-number").map((each) => each.textContent)).toEqual(["1", "2"]);
+  });
+
+  test("what was unfolded while it ran stays so in the turn that it becomes", () => {
+    const step = { line: "f() → 1", said: "", arguments: "{}", result: "1", is_error: false };
+    const { model, all } = shown({ running: { ...running, steps: [step], reasoning: "hm" } });
+    frames();
+    for (const each of all("details")) each.setAttribute("open", "");
+    model.arrives("running", { ...running, seq: 2, steps: [step, step], reasoning: "hm" });
+    frames();
+    const open = () => all("details").map((each) => (each as HTMLDetailsElement).open);
+    expect(open()).toEqual([true, false, true]);
+    model.arriveTogether({ recent: [turn(1, { steps: [step, step], reasoning: "hm" })], running: {} });
+    expect(open()).toEqual([true, false, true]);
+  });
+
+  test("Stop that was pressed stays pressed while the answer goes on", () => {
+    const { model, button } = shown({ running });
+    button("Stop").click();
+    model.arrives("running", { ...running, seq: 2 });
+    expect(button("Stop").disabled).toBe(true);
+  });
+
   test("grows by deltas, and Stop takes the place of Send", () => {
     const { model, of, button } = shown({ running });
     frames();
     expect(button("Send").classList.contains("kn-hidden")).toBe(true);
-    model.receive({ kind: "delta", run: "r1", seq: 2, text: "**two**", numbers: "0.2 s" } satisfies Delta);
+    model.receive({ kind: "delta", run: "r1", seq: 2, text: "**two**", status: "answering", numbers: "0.2 s" } satisfies Delta);
     frames();
     expect(of(".kn-running .kn-md").textContent).toBe("one two\n");
     model.arrives("recent", [turn(1)]);
@@ -262,12 +396,16 @@ describe("a running answer", () => {
   });
 
   test("asks before a function runs, and sends what was pressed", () => {
-    const { model, of, button } = shown({ running: { ...running, question: "Run delete(path='x')? [y]es, [n]o, [a]lways: " } });
+    const { model, of, button } = shown({ running: { ...running, question: { id: "q1", text: "Run echo('[y]es, [n]o')?" } } });
     frames();
-    expect(of(".kn-question").textContent).toBe("Run delete(path='x')?");
+    expect(of(".kn-question").textContent).toBe("Run echo('[y]es, [n]o')?");
     button("Do not run it").click();
-    expect(model.sent.at(-1)).toMatchObject({ kind: "answer", text: "n" });
-    model.arrives("running", { ...running, seq: 2 });
+    expect(model.sent.at(-1)).toMatchObject({ kind: "answer", question: "q1", text: "n" });
+    expect(of(".kn-asked .kn-row").inert).toBe(true);
+    model.arrives("running", { ...running, seq: 2, question: { id: "q2", text: "Run another()?" } });
+    frames();
+    expect(of(".kn-asked .kn-row").inert).toBe(false);
+    model.arrives("running", { ...running, seq: 3 });
     frames();
     expect(of(".kn-asked").classList.contains("kn-hidden")).toBe(true);
   });
@@ -289,7 +427,7 @@ describe("the running text", () => {
       for (let seq = 1; seq <= 6; seq++) {
         if (lost & (1 << (seq - 1))) continue;
         if (seq === 1 || seq === 4 || seq === 6) live.whole({ run: "r", seq, text: text(seq) });
-        else live.delta({ kind: "delta", run: "r", seq, text: words[seq - 1] as string, numbers: "" });
+        else live.delta({ kind: "delta", run: "r", seq, text: words[seq - 1] as string, status: "", numbers: "" });
         expect(text(6).startsWith(live.text)).toBe(true);
       }
       if (!(lost & (1 << 5))) expect(live.text).toBe(text(6));
@@ -304,7 +442,7 @@ describe("the running text", () => {
       live.whole({ run: "before", seq: 9, text: "another" });
       for (const seq of order) {
         if (seq === 1 || seq === 4) live.whole({ run: "r", seq, text: text(seq) });
-        else live.delta({ kind: "delta", run: "r", seq, text: words[seq - 1] as string, numbers: "" });
+        else live.delta({ kind: "delta", run: "r", seq, text: words[seq - 1] as string, status: "", numbers: "" });
         expect(live.text === "another" || text(6).startsWith(live.text)).toBe(true);
       }
       expect(live.text).toBe(text(6));
@@ -314,7 +452,7 @@ describe("the running text", () => {
   test("ignores what belongs to another answer, and what is old", () => {
     const live = new LiveAnswer();
     live.whole({ run: "r", seq: 5, text: "new" });
-    expect(live.delta({ kind: "delta", run: "s", seq: 6, text: "x", numbers: "" })).toBe(false);
+    expect(live.delta({ kind: "delta", run: "s", seq: 6, text: "x", status: "", numbers: "" })).toBe(false);
     expect(live.whole({ run: "r", seq: 4, text: "old" })).toBe(false);
     expect(live.text).toBe("new");
   });
@@ -370,15 +508,59 @@ test("pictures of the person are shown, and nothing else as a picture", () => {
 });
 
 test("a kernel that is gone is told of, with the way back", () => {
-  const { model, of, button } = shown({ recent: [turn(1)] });
+  const { model, of, button } = shown({ recent: [turn(1)], running: { run: "r", seq: 1, text: "x" } });
   model.arrives("around", { name: "chat-1", engine: "echo" });
   (model as unknown as { tell(event: string): void }).tell("comm_live_update");
   expect(of(".kn-gone").textContent).toContain("%chat resume chat-1");
   expect(button("Send").disabled).toBe(true);
+  expect(of(".kn-running")).toBeNull();
+  expect(of(".kn-acts").inert).toBe(true);
+  expect(of(".kn-drawer").inert).toBe(true);
+});
+
+test("the focus stays on the button that was pressed when its turn is drawn anew", () => {
+  const { model, all } = shown({ recent: [turn(1, { id: "a", siblings: ["a", "b", "c"] })] });
+  const on = () => all("[aria-label='Later version of this turn']")[0] as HTMLButtonElement;
+  on().focus();
+  model.arrives("recent", [turn(1, { id: "b", siblings: ["a", "b", "c"] })]);
+  expect(document.activeElement).toBe(on());
+  model.arrives("recent", [turn(1, { id: "c", siblings: ["a", "b", "c"] })]);
+  expect(document.activeElement?.textContent).toBe("‹");
+});
+
+test("a drawer that closes gives the focus back to what opened it", () => {
+  const { button, answer, all } = shown();
+  button("Conversations").click();
+  answer({ chats: [{ name: "whales", turns: 1, notebook: "", updated_at: 0, is_current: true }] });
+  all(".kn-chats button")[0]?.focus();
+  all(".kn-chats button")[0]?.click();
+  expect(document.activeElement).toBe(button("Conversations"));
+});
+
+test("what fails elsewhere does not take the focus", () => {
+  const elsewhere = document.createElement("input");
+  document.body.append(elsewhere);
+  elsewhere.focus();
+  const { model } = shown({ problem: { text: "it failed", prompt: "my words" } });
+  model.arrives("problem", { text: "it failed", prompt: "my words" });
+  expect(document.activeElement).toBe(elsewhere);
+});
+
+test("a long answer leaves nothing behind for each time it was drawn", () => {
+  const listen = vi.spyOn(Scope.prototype, "listen");
+  const { model } = shown({ running: { run: "r", seq: 1, text: "```python\nx = 1\n```\n\n" } });
+  frames();
+  const before = listen.mock.calls.length;
+  for (let seq = 2; seq < 60; seq++) {
+    model.receive({ kind: "delta", run: "r", seq, text: `\n\n\`\`\`\ny = ${seq}\n\`\`\``, status: "", numbers: "" } satisfies Delta);
+    frames();
+  }
+  expect(listen.mock.calls.length).toBe(before);
 });
 
 test("the end of a view undoes all of it", () => {
   const { model, el, end } = shown({ recent: [turn(1)], running: { run: "r", seq: 1, text: "x" } });
+  model.receive({ kind: "delta", run: "r", seq: 2, text: "y", status: "", numbers: "" } satisfies Delta);
   end();
-  expect([el.childElementCount, model.size]).toEqual([0, 0]);
+  expect([el.childElementCount, model.size, vi.getTimerCount()]).toEqual([0, 0, 0]);
 });

@@ -122,7 +122,7 @@ test("the plan is said in words as well as drawn", () => {
 });
 
 test("load, cancel and unload are sent with an id, and a kernel that is silent is told of", () => {
-  const { model, button, of } = shown({ model: "m" }, { ...VIEW, engines: [{ name: "e", holds: "1 GiB", line: "", is_current: true }] });
+  const { model, button, of } = shown({ model: "m" }, { ...VIEW, engines: [{ name: "e", holds: "1 GiB", is_current: true }] });
   expect(button("Cancel").disabled).toBe(true);
   button("Load").click();
   button("Unload").click();
@@ -133,16 +133,16 @@ test("load, cancel and unload are sent with an id, and a kernel that is silent i
   expect(new Set(model.sent.map(({ id }) => id)).size).toBe(2);
   model.receive({ kind: "done", id: model.sent[0]?.["id"] });
   vi.advanceTimersByTime(3000);
-  expect(of("[role=alert]").textContent).toContain("The kernel has not answered yet");
+  expect(of("[role=alert].kn-error").textContent).toContain("The kernel has not answered yet");
   model.receive({ kind: "error", id: model.sent[1]?.["id"], why: "no such engine" });
-  expect(of("[role=alert]").textContent).toBe("no such engine");
+  expect(of("[role=alert].kn-error").textContent).toBe("no such engine");
 });
 
 test("while a load runs its stages are shown, and it can be given up", () => {
   const busy = { title: "Loading m", done: ["reading"], stage: "weights 3 of 9", fraction: 0.4, elapsed: "2.0 s", can_cancel: true };
   const { button, of } = shown({ model: "m" }, { ...VIEW, busy });
   expect([button("Load").disabled, button("Cancel").disabled]).toEqual([true, false]);
-  expect(of(".kn-busy").textContent).toBe("✓ readingLoading m, 2.0 s, weights 3 of 9");
+  expect(of(".kn-busy").textContent).toBe("✓ readingLoading m: weights 3 of 9 · 2.0 s");
   expect(of<HTMLProgressElement>("progress").value).toBe(0.4);
 });
 
@@ -204,4 +204,42 @@ test("the end of a view undoes all of it", () => {
   const { model, el, end } = shown();
   end();
   expect([el.childElementCount, model.size]).toEqual([0, 0]);
+});
+
+test("what is being typed is not overwritten by what comes from the kernel", () => {
+  const { model, of } = shown({ model: "smollm2" });
+  const input = of<HTMLInputElement>("[data-field=model] input");
+  input.focus();
+  input.value = "org/mo";
+  input.dispatchEvent(new Event("input", { bubbles: true }));
+  model.arrives("view", { ...VIEW });
+  expect(input.value).toBe("org/mo");
+  input.dispatchEvent(new Event("change"));
+  model.arrives("values", { model: "" });
+  expect(input.value).toBe("");
+});
+
+test("a kernel that is gone is told of, and nothing can be pressed any more", () => {
+  const { model, of, button } = shown({ model: "m" }, { ...VIEW, engines: [{ name: "e", holds: "", is_current: true }] });
+  (model as unknown as { tell(event: string): void }).tell("comm_live_update");
+  expect(of(".kn-gone").textContent).toContain("Run its cell again");
+  model.arrives("view", { ...VIEW });
+  expect(button("Load").disabled).toBe(true);
+  for (const each of [of<HTMLElement>(".kn-sections"), of<HTMLElement>(".kn-engines"), button("Check again")]) expect(each.inert).toBe(true);
+});
+
+test("keys do not reach the notebook", () => {
+  const { el, of } = shown({ model: "m" });
+  const reached = vi.fn();
+  el.addEventListener("keydown", reached);
+  for (const selector of ["button", "select", "input[type=range]", "input"])
+    of(selector).dispatchEvent(new KeyboardEvent("keydown", { key: "b", bubbles: true }));
+  expect(reached).not.toHaveBeenCalled();
+});
+
+test("what a scheme is stands below it", () => {
+  const { model, of } = shown({ model: "m", scheme: "nf4" });
+  model.arrives("controls", { ...model.get("controls"), schemes: [{ name: "nf4", about: "4 bits a weight" }] });
+  model.arrives("values", { model: "m", scheme: "nf4" });
+  expect(of("[data-field=scheme]").textContent).toContain("4 bits a weight");
 });

@@ -133,5 +133,5 @@ def _too_long(windows: _Windows, length: int | PromptTooLongError, budget: int, 
     return PromptTooLongError(
         f"{alone} {length:,} tokens",
         why=f"the context holds {context:,}, of which {context - budget:,} are kept for the answer",
-        fix=f"shorten it by {length - budget:,} tokens, or load the model with a larger --max-context-size",
+        fix=f"shorten it by {length - budget:,} tokens, or load the model with a larger --max-context-size, if it can",
     )

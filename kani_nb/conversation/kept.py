@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kani_nb._loop import tell
+from kani_nb._watchers import Watchers
 from kani_nb.conversation.running_turn import RunningTurn
 from kani_nb.conversation.store import ConversationStore
 from kani_nb.conversation.tree import Conversation, Turn
@@ -33,12 +33,12 @@ class KeptConversation:
         self._round: RunningTurn | None = None
         self._early_stop = ""
         self._is_in_step = True
-        self._watchers: list[Callable[[], None]] = []
+        self._watchers = Watchers()
+        self._is_deleted = False
 
     def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
         """Have `changed` called after each change, on the thread that made it; the result ends that."""
-        self._watchers.append(changed)
-        return lambda: self._watchers.remove(changed) if changed in self._watchers else None
+        return self._watchers.add(changed)
 
     @property
     def conversation(self) -> Conversation:
@@ -64,6 +64,20 @@ class KeptConversation:
     def is_busy(self) -> bool:
         """Whether a round is running."""
         return self._is_busy
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether it was deleted for good, and cannot be changed any more."""
+        return self._is_deleted
+
+    def mark_deleted(self) -> None:
+        """Refuse every change from now on: it would bring the conversation back into the store.
+
+        Raises:
+            ConversationBusyError: a round is running.
+        """
+        with self._changing():
+            self._is_deleted = True
 
     def undo(self, n: int = 1) -> int:
         """Move the head `n` turns up, and return how many it moved (fewer where the branch is shorter).
@@ -126,8 +140,11 @@ class KeptConversation:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Be the only one that changes the conversation, or be refused at once."""
+        """Be the only one that changes the conversation, or be refused at once: another does, or it was deleted."""
         with self._lock:
+            if self._is_deleted:
+                name = self._conversation.name
+                raise ConversationError(f"conversation {name!r} was deleted", fix="%chat new starts another")
             if self._is_busy:
                 raise ConversationBusyError(
                     f"conversation {self._conversation.name!r} is answering",
@@ -142,7 +159,7 @@ class KeptConversation:
             with self._lock:
                 self._is_busy = False
                 self._round = None
-            tell(self._watchers)
+            self._watchers.tell()
 
     def _write(self, change: Callable[[ConversationStore], None]) -> None:
         """Make `change` in the store, or write the whole conversation where the store has fallen behind."""

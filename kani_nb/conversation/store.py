@@ -99,10 +99,10 @@ class ConversationStore:
         pattern = "%" + re.sub(r"([%_!])", r"!\1", wanted) + "%" if text.isascii() else "%"
         query = (
             "SELECT t.conversation_id, t.record FROM turns t JOIN conversations c ON c.id = t.conversation_id "
-            "WHERE (t.record LIKE ? ESCAPE '!' OR typeof(t.record) = 'blob') AND (? IS NULL OR c.notebook = ?)"
+            "WHERE (t.record LIKE ?1 ESCAPE '!' OR typeof(t.record) = 'blob') AND (?2 IS NULL OR c.notebook = ?2)"
         )
         with self._open() as connection:
-            rows = connection.execute(query, (pattern, notebook, notebook)).fetchall()
+            rows = connection.execute(query, (pattern, _packed(notebook))).fetchall()
         folded = text.casefold()
         return {
             conversation_id

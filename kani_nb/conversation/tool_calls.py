@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kani_nb.conversation.tools import Approval, CannotAskError, Host, Tools, ToolStep
+from kani_nb.conversation.tools import APPROVAL_CHOICES, Approval, CannotAskError, Host, Tools, ToolStep
 from kani_nb.engines.worker import run_in_thread
 from kani_nb.errors import ArgumentsError, did_you_mean
 from kani_nb.functions import AIFunction, result_text
@@ -116,7 +116,7 @@ class ToolRunner:
         if self.tools.approve is Approval.NEVER:
             return f"the user does not allow {function.name} to run"
         shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        question = f"Run {_shortened(f'{function.name}({shown})', 400)}? [y]es, [n]o, [a]lways: "
+        question = f"Run {_shortened(f'{function.name}({shown})', 400)}? {APPROVAL_CHOICES}"
         try:
             for _ in range(_QUESTIONS):
                 answer = (await self.host.ask(question)).strip().lower()

@@ -33,6 +33,10 @@ class CannotAskError(Exception):
     """There is nobody who could be asked; the text says why."""
 
 
+#: How a question for approval ends. A host that has buttons shows them in its place.
+APPROVAL_CHOICES = "[y]es, [n]o, [a]lways: "
+
+
 class Host(Protocol):
     """Where functions run, and where the person is asked."""
 

@@ -11,12 +11,12 @@ import importlib.util
 import re
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from kani_nb.config import EngineConfig
 from kani_nb.engines.base import BaseEngine
 from kani_nb.engines.sources_aliases import find_alias
+from kani_nb.engines.typed_paths import exists
 from kani_nb.errors import ConfigError, EngineError, MissingDependencyError, did_you_mean
 
 GROUP = "kani_nb.engines"
@@ -71,7 +71,7 @@ def parse_spec(model: str) -> EngineSpec:
         return EngineSpec("hf", text)
     if colon and name in _ADDRESSES:
         return EngineSpec(_ADDRESSES[name], text)
-    if _BARE_HOST.match(text) and (colon or "/" in text) and name not in engine_names() and not Path(text).exists():
+    if _BARE_HOST.match(text) and (colon or "/" in text) and name not in engine_names() and not exists(text):
         from kani_nb.engines.openai.address import with_scheme
 
         if (meant := with_scheme(text)) is not None:
@@ -80,7 +80,7 @@ def parse_spec(model: str) -> EngineSpec:
                 why="http:// is missing before it",
                 fix=f"did you mean {meant}?",
             )
-    if colon and re.fullmatch(r"[A-Za-z][\w.-]+", prefix) and not Path(text).exists():
+    if colon and re.fullmatch(r"[A-Za-z][\w.-]+", prefix) and not exists(text):
         known = engine_names()
         registered = next((each for each in (prefix, name) if each in known), None)
         if registered is None:
@@ -92,7 +92,7 @@ def parse_spec(model: str) -> EngineSpec:
         return EngineSpec(registered, rest)
     if text.lower().endswith(".gguf"):
         return EngineSpec("llamacpp" if _has_llamacpp() else "hf", text)
-    if not colon and text in engine_names() and not Path(text).exists():
+    if not colon and text in engine_names() and not exists(text):
         return EngineSpec(text, "")
     return EngineSpec("hf", text)
 

@@ -24,6 +24,7 @@ from kani_nb.engines.sources_aliases import ALIASES, Alias, find_alias, shipped_
 from kani_nb.engines.sources_cache import Fetch
 from kani_nb.engines.sources_checks import check_weights, has_tokenizer
 from kani_nb.engines.sources_gguf import read_gguf_header
+from kani_nb.engines.typed_paths import typed_path
 from kani_nb.engines.wheel_recipe import WheelRecipe
 from kani_nb.errors import (
     ConfigError,
@@ -90,7 +91,7 @@ def resolve(
     fetch = Fetch(name, progress, cancelled)
     fetch.check()
     alias = find_alias(name)
-    path = Path(name).expanduser()
+    path = typed_path(name)
     if alias is None and (_looks_like_path(name) or path.exists()):
         if revision is not None:
             raise ConfigError(f"revision {revision!r} was given for {name}", why="files on this disk have none")
@@ -168,7 +169,7 @@ def _siblings(path: Path) -> list[Path]:
 def unknown_model(name: str) -> UnknownModelError:
     """The error for a name or a path that nothing has, with the near misses."""
     if _looks_like_path(name):
-        return _unknown_path(Path(name).expanduser())
+        return _unknown_path(typed_path(name))
     return UnknownModelError(
         f"there is no model {name!r}",
         why="it is no alias, no folder, no file, and a repository is written org/model"

@@ -22,6 +22,7 @@ from kani_nb.engines.sources_aliases import find_alias, shipped_config
 from kani_nb.engines.sources_cache import Fetch
 from kani_nb.engines.sources_checks import weight_files
 from kani_nb.engines.sources_gguf import read_gguf_header
+from kani_nb.engines.typed_paths import typed_path
 from kani_nb.errors import ConfigError, ModelFilesError, ModelUnavailableError
 
 _ANSWER_WITHIN_S = 10.0
@@ -68,7 +69,7 @@ def config_of(
     fetch = Fetch(name, progress, cancelled)
     fetch.check()
     alias = find_alias(name)
-    path = Path(name).expanduser()
+    path = typed_path(name)
     if alias is None and path.exists():
         return _on_this_disk(name, path, trust_remote_code)
     if alias is None and not has_repository_name(name):
@@ -92,6 +93,9 @@ def config_of(
 
 def _on_this_disk(name: str, path: Path, trust_remote_code: bool) -> ConfigSource:
     if path.is_dir():
+        if not (path / _CONFIG).is_file():
+            why = f"it has no {_CONFIG}"
+            raise ModelFilesError(f"{name} is no model's folder", why=why, fix="name the folder that has one")
         config = _read(path, name, trust_remote_code)
         sizes = [each.stat().st_size for each in weight_files(path)]
         return ConfigSource(config, name, path, sum(sizes) or None, f"folder {path}")
@@ -136,7 +140,7 @@ def _read(folder: Path, name: str, trust_remote_code: bool, gguf_file: str | Non
         options["gguf_file"] = gguf_file
     try:
         return AutoConfig.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config.json may hold anything, and each class reads it its own way
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if "trust_remote_code" in str(error):
             raise ConfigError(
@@ -144,6 +148,6 @@ def _read(folder: Path, name: str, trust_remote_code: bool, gguf_file: str | Non
                 why="and that is not run to make a plan",
                 fix=f"%load_engine {name} --trust-remote-code runs it; read it first",
             ) from None
-        raise ModelFilesError(
-            f"the configuration of {name} could not be read", why=first[:300], fix="%pip install -U transformers"
-        ) from error
+        is_unknown = "architecture" in first or "model type" in first
+        fix = "%pip install -U transformers, then restart the kernel" if is_unknown else f"look at its {_CONFIG}"
+        raise ModelFilesError(f"the configuration of {name} could not be read", why=first[:300], fix=fix) from error

@@ -259,13 +259,8 @@ class _Keeps:
     def rename(self, rest: str) -> None:
         rt = runtime()
         name = unquoted(required(rest, "%chat rename NAME"))
-        session = rt.chat
-        if name == session.conversation.name:
-            return
-        if name in {*rt.chats, *(each.name for each in rt.list_chats())}:
-            raise ConversationError(f"there is a conversation {name!r} already", fix="choose another name")
-        session.rename(name)
-        self._say_current(session)
+        rt.rename_chat(rt.chat, name)
+        self._say_current(rt.chat)
 
     def delete(self, rest: str) -> None:
         name = unquoted(required(rest, "%chat delete NAME"))

@@ -35,6 +35,7 @@ def load(shell: Any) -> None:
     bus = StopBus(shell)
     chat, engine, kani = ChatMagics(shell, settings, bus), EngineMagics(shell, settings), KaniMagics(shell, bus)
     settings.undo.callback(bus.uninstall)
+    settings.undo.callback(lambda: runtime().close_shown())
     settings.undo.callback(_register_magics(shell, (chat, engine, kani)))
     settings.undo.callback(install_bare_cell(shell))
     settings.undo.callback(
@@ -47,7 +48,7 @@ def load(shell: Any) -> None:
 
 
 def unload(shell: Any) -> None:
-    """Take out what `load` put in, and put back what it replaced. Engines and conversations stay."""
+    """Take out what `load` put in, and put back what it replaced: panels end, engines and conversations stay."""
     settings = _settings_of(shell)
     if settings is not None:
         shell.configurables.remove(settings)

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from kani_nb.conversation.structured import AnswerRejected
 from kani_nb.conversation.tools import ToolStep
-from kani_nb.engines.base import BaseCompletion, PrefillProgress, ReasoningDelta, TextDelta, ToolCallDelta
+from kani_nb.engines.base import BaseCompletion
 from kani_nb.messages import MessagePart
 from kani_nb.notebook.render import GrowingMarkdown, markdown_to_html
+from kani_nb.notebook.round_so_far import RoundSoFar
 from kani_nb.notebook.stat_line import stat_line
 from kani_nb.notebook.surface import Surface, SurfaceKind
 from kani_nb.notebook.thumbnails import prompt_html
 from kani_nb.notebook.token_shades import tokens_html
-from kani_nb.notebook.transcript import StepText, TurnText, prompt_text, shortened, step_texts
+from kani_nb.notebook.transcript import TurnText, prompt_text, shortened, step_texts
 
 if TYPE_CHECKING:
     from kani_nb.figures.bundle import FigureBundle
@@ -73,20 +74,12 @@ class StreamView:
         self._strip = strip
         self._surface = Surface(kind, display)
         self._arrived: deque[Any] = deque()
-        self._pieces: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls: dict[int, list[str]] = {}
-        self._steps: list[StepText] = []
-        self._notices: list[str] = []
-        self._prefill: PrefillProgress | None = None
+        self._so_far = RoundSoFar(clock)
         self._reply: Any = None
-        self._tokens = 0
         self._growing = GrowingMarkdown()
         self._printed = 0
-        self._drawn: tuple[int, int, str] | None = None
+        self._drawn: tuple[object, ...] | None = None
         self._next_at = 0.0
-        self._started_at = clock()
-        self._first_text_at: float | None = None
         self._is_finished = False
         if self._surface.is_live:
             self._draw()
@@ -108,7 +101,7 @@ class StreamView:
         if not self._surface.is_live:
             return
         if self._strip is not None:
-            self._strip.update(self._status() or "answering", self._tokens, self._first_text_at)
+            self._strip.update(self._status() or "answering", self._so_far.tokens, self._so_far.first_at)
         if self._clock() >= self._next_at and self._drawn != self._state():
             self._draw()
 
@@ -127,7 +120,7 @@ class StreamView:
         self._reply = reply = next((each for each in (reply, self._reply, kept) if each is not None), None)
         metrics = getattr(reply, "metrics", None)
         text = self.text if reply is None else reply.text
-        notices = self._notices if reply is None else [str(each) for each in reply.notices]
+        notices = self._so_far.notes if reply is None else [str(each) for each in reply.notices]
         stat = "" if metrics is None else stat_line(metrics)
         # What went wrong is said by the cell's own error, below.
         error_text = "" if error is None else _UNFINISHED if kept is None else _KEPT
@@ -143,8 +136,8 @@ class StreamView:
             answer=text,
             answer_html=markdown_to_html(text),
             model=self._model,
-            reasoning="".join(self._reasoning),
-            steps=self._called() if reply is None else step_texts(reply.turn.messages),
+            reasoning="".join(self._so_far.reasoning),
+            steps=self._so_far.steps if reply is None else step_texts(reply.turn.messages),
             notes=notices,
             error=error_text,
             stat=stat,
@@ -169,102 +162,53 @@ class StreamView:
     @property
     def text(self) -> str:
         """The answer's text so far, as far as `pump` has seen it."""
-        return "".join(self._pieces)
+        return self._so_far.text
 
     def _take_arrived(self) -> None:
         while self._arrived:
             self._take(self._arrived.popleft())
 
     def _take(self, event: Any) -> None:
-        if isinstance(event, TextDelta) or type(event) is str:
-            self._pieces.append(event)
-            self._tokens += 1
-            if self._first_text_at is None:
-                self._first_text_at = self._clock()
-        elif isinstance(event, str):  # a notice of the session
-            self._notices.append(str(event))
-        elif isinstance(event, PrefillProgress):
-            self._prefill = event
-        elif isinstance(event, ReasoningDelta):
-            self._reasoning.append(event.text)
-            self._tokens += 1
-        elif isinstance(event, ToolCallDelta):
-            call = self._calls.setdefault(event.index, ["", ""])
-            call[0] += event.name
-            call[1] += event.arguments
-        elif isinstance(event, ToolStep):
-            self._take_step(event)
-        elif isinstance(event, AnswerRejected):
-            self._begin_again(event)
-        elif not isinstance(event, BaseCompletion):
+        ends_text = isinstance(event, (ToolStep, AnswerRejected))
+        if ends_text and self._surface.kind is SurfaceKind.TERMINAL:
+            self._print_new()
+        is_progress = self._so_far.take(event)
+        if ends_text:
+            self._begin_again(self._so_far.notes[-1] if isinstance(event, AnswerRejected) else self._so_far.ended.line)
+        elif not is_progress and not isinstance(event, BaseCompletion):
             self._reply = event
 
-    def _take_step(self, step: ToolStep) -> None:
-        """A call has ended: what was said before it belongs to it, and the answer begins anew."""
-        if self._surface.kind is SurfaceKind.TERMINAL:
-            self._print_new()
-        function = step.call.function
-        text = StepText(function.name, function.arguments, prompt_text(step.result.parts), step.is_error, self.text)
-        self._steps.append(text)
-        self._calls.pop(next(iter(self._calls), -1), None)
-        self._pieces.clear()
+    def _begin_again(self, why: str) -> None:
+        """What was said before belonged to a call, or was no answer."""
         self._growing = GrowingMarkdown()
         if self._surface.kind is SurfaceKind.TERMINAL:
-            self._surface.write("\n" * bool(self._printed) + f"[{text.line}]\n")
-            self._printed = 0
-
-    def _begin_again(self, rejected: AnswerRejected) -> None:
-        """The answer so far was none."""
-        if self._surface.kind is SurfaceKind.TERMINAL:
-            self._print_new()
-            self._surface.write(f"\n[{rejected.complaint}; the model tries again]\n")
-        self._notices.append(f"{rejected.complaint}; the model tries again")
-        self._pieces.clear()
-        self._growing = GrowingMarkdown()
+            self._surface.write("\n" * bool(self._printed) + f"[{why}]\n")
         self._printed = 0
-
-    def _called(self) -> tuple[StepText, ...]:
-        """The calls that have ended, and those that run."""
-        return (*self._steps, *(StepText(name, arguments) for name, arguments in self._calls.values()))
 
     def _status(self) -> str:
         """What is happening before the first text, in words."""
-        if self._calls:
-            return f"running {next(iter(self._calls.values()))[0]}"
-        if self._pieces:
-            return ""
-        if self._reasoning:
-            return "thinking"
-        prefill = self._prefill
-        if prefill is None:
-            waited = int(self._clock() - self._started_at)
-            return f"waiting for the engine, {waited} s" if waited else "waiting for the engine"
-        cached = f", {prefill.cached_tokens:,} cached" if prefill.cached_tokens else ""
-        return f"reading the prompt {prefill.done_tokens:,}/{prefill.total_tokens:,} tokens{cached}"
+        return self._so_far.status(waited_s=int(self._clock() - self._so_far.started_at))
 
-    def _state(self) -> tuple[int, int, str]:
+    def _state(self) -> tuple[object, ...]:
         """Changes whenever a frame would."""
-        return (
-            len(self._pieces),
-            len(self._reasoning) + len(self._calls) + len(self._notices) + 2 * len(self._steps),
-            self._status(),
-        )
+        so_far = self._so_far
+        return (len(so_far.pieces), len(so_far.reasoning), so_far.stage, self._status())
 
     def _draw(self) -> None:
         started = self._clock()
         text = self.text
-        prefill = self._prefill
-        is_reading = prefill is not None and not self._pieces and prefill.total_tokens > 0
+        prefill = self._so_far.prefill
+        is_reading = prefill is not None and not text and prefill.total_tokens > 0
         turn = TurnText(
             prompt=shortened(self._prompt, _LONGEST_PROMPT_IN_FRAMES),
             answer=text,
             answer_html=self._growing.render(text),
             model=self._model,
-            reasoning="".join(self._reasoning),
+            reasoning="".join(self._so_far.reasoning),
             status=self._status(),
             progress=min(1.0, prefill.done_tokens / prefill.total_tokens) if prefill and is_reading else None,
-            steps=self._called(),
-            notes=tuple(self._notices),
+            steps=self._so_far.steps,
+            notes=tuple(self._so_far.notes),
             is_prompt_above=self._is_prompt_above,
         )
         bundle = turn.to_bundle(is_running=True)

@@ -108,8 +108,7 @@ def test_the_conversation_and_its_figures_read_well_when_reopened(server: Jupyte
         figure.wait_for()
         assert figure.bounding_box()["height"] > 100
     # What JupyterLab itself says of a saved widget, whosever it is; the twin is what is read then.
-    browser.complaints = [each for each in browser.complaints if "widget model not found" not in each]
-    browser.assert_quiet()
+    browser.assert_quiet(but="widget model not found")
 
 
 #: Whatever of a panel sticks out of it.

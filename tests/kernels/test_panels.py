@@ -100,3 +100,14 @@ def test_a_conversation_is_held_in_the_pane_and_drawn_in_the_dashboard(kernel):
     shown = Page(kernel, "%engine dashboard")
     assert "image/svg+xml" in shown.outputs[1] or "<svg" in shown.outputs[1]["text/html"]
     good(kernel, "%unload_ext kani_nb")
+
+
+def test_a_cell_that_is_run_again_leaves_no_panel_behind(kernel):
+    for _ in range(3):
+        for cell_id, cell in (("one", "%chat panel"), ("two", "%engine panel"), ("three", "%engine dashboard")):
+            outcome = kernel.collect(kernel.send(cell, cell_id=cell_id, allow_stdin=True))
+            assert outcome.status == "ok", outcome.text
+    count = "rt = __import__('kani_nb').runtime(); print(len(rt.shown), len(rt._watchers), len(rt.chat._watchers))"
+    assert good(kernel, count).text.split() == ["3", "3", "1"]
+    good(kernel, "%unload_ext kani_nb")
+    assert good(kernel, count).text.split() == ["0", "0", "0"]

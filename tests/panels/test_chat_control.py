@@ -1,13 +1,20 @@
 """The pane on a real session: asked, stopped, tried again, edited, gone between branches and conversations."""
 
+import asyncio
+import json
 import threading
 
 import pytest
 
 from kani_nb.config import EngineConfig
+from kani_nb.conversation.tools import APPROVAL_CHOICES
+from kani_nb.engines.base import PrefillProgress
+from kani_nb.engines.echo import EchoEngine
 from kani_nb.errors import ConfigError, ConversationBusyError, ConversationError, NoEngineError
+from kani_nb.notebook.panels.answer_feed import AnswerFeed
 from kani_nb.notebook.panels.chat_control import CHUNK_TURNS, ChatControl
 from kani_nb.notebook.panels.chat_view import leaf_below
+from kani_nb.notebook.panels.pane_host import PaneHost
 
 
 class Page:
@@ -80,7 +87,7 @@ def test_an_answer_comes_in_numbered_pieces_that_give_the_whole(control, page, c
     assert [each["seq"] for each in sequence] == list(range(1, len(sequence) + 1))
     put_together = ""
     for each in sequence:
-        put_together = each["text"] if "status" in each else put_together + each.get("text", "")
+        put_together = each["text"] if "prompt" in each else put_together + each.get("text", "")
         assert text.startswith(put_together)
     assert len(put_together) > 0.5 * len(text)
     assert len(page.deltas) < 60, "bundled"
@@ -100,9 +107,9 @@ def test_stop_keeps_what_has_come(control, page, clean_runtime):
 
 def test_another_answer_and_another_question_are_versions_of_the_turn(control, page):
     asked(control, page, "one", "two")
-    control.retry(2)
+    control.retry(page.turns[1]["id"])
     page.wait_for(lambda state: not state["running"] and len(page.turns[-1]["siblings"]) == 2)
-    control.edit(2, "two again")
+    control.edit(page.turns[1]["id"], "two again")
     page.wait_for(lambda state: not state["running"] and len(page.turns[-1]["siblings"]) == 3)
     first, last = page.turns
     assert last["prompt"] == "two again"
@@ -115,7 +122,7 @@ def test_another_answer_and_another_question_are_versions_of_the_turn(control, p
 
 def test_the_version_that_was_used_last_is_gone_to_with_what_came_after(control, page):
     asked(control, page, "one", "two", "three")
-    control.edit(1, "other")
+    control.edit(page.turns[0]["id"], "other")
     page.wait_for(lambda state: not state["running"] and len(page.turns) == 1)
     first = page.turns[0]["siblings"][0]
     control.switch(first)
@@ -190,6 +197,137 @@ def test_the_system_prompt_is_set_and_taken_away(control, page):
     page.wait_for(lambda state: state["around"]["system"] == "be brief")
     control.set_system("  ")
     page.wait_for(lambda state: state["around"]["system"] == "")
+
+
+def test_what_is_pressed_twice_at_once_begins_one_round(control, page, clean_runtime):
+    clean_runtime.load_sync(EngineConfig("echo:delay=0.02"))
+    control.ask("word " * 50)
+    with pytest.raises(ConversationBusyError, match="is answering"):
+        control.ask("word " * 50)
+    control.stop()
+    page.wait_for(lambda state: not control.is_answering)
+    assert not page.state["problem"].get("text", "").startswith("conversation")
+
+
+def test_an_answer_goes_on_in_the_conversation_that_is_left_and_is_there_when_one_comes_back(
+    control, page, clean_runtime
+):
+    clean_runtime.load_sync(EngineConfig("echo:delay=0.02"))
+    first = control.session.conversation.name
+    control.ask("word " * 300)
+    page.wait_for(lambda state: state["running"].get("text") or page.deltas)
+    control.new()
+    assert (page.state["running"], page.turns) == ({}, [])
+    heard = len(page.deltas)
+    assert not control.stop(), "the other one's answer is not this one's to stop"
+    clean_runtime.use(EchoEngine(reply="at once"), name="quick")
+    asked(control, page, "meanwhile")
+    assert [turn["answer"] for turn in page.turns] == ["at once"]
+    assert all(delta["text"] != "word " for delta in page.deltas[heard:])
+    control.open(first)
+    page.wait_for(lambda state: len(state["running"].get("text", "")) > 20)
+    assert page.state["around"]["name"] == first
+    assert control.stop()
+    page.wait_for_end(1)
+    assert page.turns[0]["is_cut"]
+
+
+def test_what_fails_in_the_conversation_that_was_left_is_told_there(control, page, clean_runtime):
+    first = control.session.conversation.name
+    clean_runtime.use(EchoEngine(delay=0.02, fail_after=20), name="failing")
+    control.ask("word " * 50)
+    page.wait_for(lambda state: state["running"])
+    left = control.session
+    control.new()
+    while left.is_busy or control._pages[left.conversation.id].round is not None:
+        threading.Event().wait(0.01)
+    assert page.state["problem"] == {}
+    control.open(first)
+    assert page.state["problem"]["prompt"].startswith("word word")
+    assert page.state["running"] == {}
+
+
+def test_a_conversation_gets_no_name_that_another_has(control, page, clean_runtime):
+    asked(control, page, "precious words")
+    control.rename("precious")
+    control.new()
+    asked(control, page, "scrap")
+    with pytest.raises(ConversationError, match="there is a conversation 'precious' already"):
+        control.rename(" precious ")
+    clean_runtime.delete_chat("precious")
+    assert [each["name"] for each in control.list()] == [control.session.conversation.name]
+
+
+def test_a_conversation_that_was_deleted_is_left_and_does_not_come_back(control, page, clean_runtime):
+    asked(control, page, "doomed words")
+    doomed = control.session
+    clean_runtime.delete_chat(doomed.conversation.name)
+    assert control.session is clean_runtime.chat is not doomed
+    assert page.turns == []
+    with pytest.raises(ConversationError, match="was deleted"):
+        doomed.ask_sync("again")
+    asked(control, page, "new words")
+    assert [each.turns for each in clean_runtime.list_chats(everywhere=True)] == [1]
+
+
+def test_a_page_is_never_sent_what_it_cannot_take(control, page, clean_runtime):
+    half = "\ud83d"
+    control.set_system(f"system {half}")
+    control.rename(f"name {half}")
+    asked(control, page, f"said {half}")
+    clean_runtime.engine.fail_after = 1
+    control.ask(f"fails {half} and more")
+    page.wait_for(lambda state: state["problem"].get("prompt"))
+    for each in [*page.changes, *page.deltas, *control.list()]:
+        json.dumps(each, ensure_ascii=False).encode()
+    assert page.state["around"]["system"] == "system \N{REPLACEMENT CHARACTER}"
+    assert page.state["problem"]["prompt"].startswith("fails \N{REPLACEMENT CHARACTER}")
+
+
+def test_a_turn_is_drawn_once(control, page, clean_runtime):
+    asked(control, page, "one")
+    first = page.turns[0]
+    asked(control, page, "two")
+    assert page.turns[0]["pictures"] is first["pictures"]
+    control.retry(page.turns[0]["id"])
+    page.wait_for(lambda state: not state["running"] and len(page.turns[0]["siblings"]) == 2)
+    control.switch(first["id"])
+    assert page.turns[0]["pictures"] is first["pictures"]
+    assert page.turns[0]["siblings"] != first["siblings"]
+
+
+def test_while_a_long_prompt_is_read_it_is_not_sent_again():
+    now, wholes, deltas = [0.0], [], []
+    feed = AnswerFeed("run", "x" * 200_000, send=deltas.append, show=wholes.append, clock=lambda: now[0])
+    for done in range(1, 101):
+        now[0] += 0.1
+        feed.feed(PrefillProgress(done, 100, 0))
+        feed.flush()
+    sent = sum(len(json.dumps(each)) for each in (*wholes, *deltas))
+    assert sent < 300_000, "in ten seconds"
+    assert deltas[-1]["status"] == "reading the prompt 100/100 tokens"
+    assert len(deltas) > 80
+
+
+def test_a_second_press_answers_no_question_that_nobody_has_read():
+    shown = []
+
+    async def ask_two():
+        host = PaneHost(shown.append)
+        first = asyncio.ensure_future(host.ask(f"Run read()? {APPROVAL_CHOICES}"))
+        await asyncio.sleep(0)
+        host.answer(shown[-1]["id"], "y")
+        assert await first == "y"
+        second = asyncio.ensure_future(host.ask(f"Run delete_everything()? {APPROVAL_CHOICES}"))
+        await asyncio.sleep(0)
+        host.answer(shown[0]["id"], "y")
+        await asyncio.sleep(0)
+        assert not second.done()
+        host.answer(shown[-1]["id"], "n")
+        assert await second == "n"
+
+    asyncio.run(ask_two())
+    assert [each["text"] for each in shown if each] == ["Run read()?", "Run delete_everything()?"]
 
 
 def test_a_second_question_while_one_is_answered_is_refused(control, page, clean_runtime):

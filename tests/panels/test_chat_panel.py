@@ -53,14 +53,19 @@ def test_a_message_is_answered_and_the_answer_comes_into_the_traits(panel):
     ("content", "why"),
     [
         ({"kind": "dance"}, "'dance' is nothing that the pane does"),
-        ({"kind": "retry", "number": 7}, "there is no turn 7"),
+        ({"kind": "retry", "turn": "gone"}, "there is no such turn on this branch"),
         ({"kind": "retry"}, "could not be read"),
-        ({"kind": "edit", "number": "x", "text": ""}, "could not be read"),
+        ({"kind": "edit", "turn": "gone", "text": "x"}, "there is no such turn on this branch"),
+        ({"kind": "edit", "turn": ["x"]}, "could not be read"),
+        ({"kind": "answer", "text": "y"}, "could not be read"),
+        ({"kind": "params", "params": 7}, "could not be read"),
+        ({"kind": "params", "params": {"seed": float("inf")}}, "seed is inf"),
         ({"kind": "open", "name": "nowhere"}, "there is no conversation 'nowhere'"),
         ({"kind": "switch", "turn": "nothing"}, "no turn"),
         ({"kind": "params", "params": {"top_p": 7}}, "top_p is 7"),
         ({"kind": "params", "params": {"colour": 7}}, "unknown generation parameter 'colour'"),
         ({"kind": "rename", "name": " "}, "needs a name"),
+        ({"kind": "rename", "name": "x" * 201}, "has 201 characters, and 200 at most"),
         ({"kind": "send", "text": "x", "files": [{"name": "a", "mime": "image/png"}]}, "could not be read"),
     ],
     ids=str,
@@ -125,8 +130,9 @@ def test_a_function_is_asked_for_in_the_pane(clean_runtime, own_home):
         panel.session.tools = Tools((delete,))
         panel.ask("go")
         wait_for(lambda panel=panel: panel.running.get("question"))
-        assert "delete(path='x')" in panel.running["question"]
-        panel._do({"kind": "answer", "id": "2", "text": pressed}, ())
+        question = panel.running["question"]
+        assert question["text"] == "Run delete(path='x')?"
+        panel._do({"kind": "answer", "id": "2", "question": question["id"], "text": pressed}, ())
         wait_for(lambda panel=panel: panel.recent and not panel.running)
         assert ran == expected
         assert panel.recent[0]["steps"][0]["is_error"] is (pressed == "n")

@@ -1,5 +1,6 @@
 """The panel's buttons on real models: planned, loaded, given up and freed, with everything that is said on the way."""
 
+import json
 import threading
 import time
 from types import SimpleNamespace
@@ -156,6 +157,106 @@ def test_a_load_can_be_given_up(control, screen, clean_runtime, slow):
     assert "no engine is loaded" in done["said"]["text"]
     assert clean_runtime.engines == {}
     assert not control.cancel()
+
+
+def test_a_cancelled_load_says_what_was_freed_for_it_and_how_it_comes_back(control, screen, clean_runtime, slow):
+    control.load()
+    screen.wait_for(lambda view: view["engines"] and view["busy"] is None)
+    (name,), line = clean_runtime.engines, screen.now["line"]
+    assert screen.now["frees"] == "", "the same again frees nothing"
+    changed(control, model="slow:", dtype=None, threads=None)
+    assert screen.now["frees"] == f"Load frees {name} first."
+    control.load()
+    screen.wait_for(lambda view: view["busy"] and view["busy"]["fraction"] == 0.5)
+    control.cancel()
+    done = screen.wait_for(lambda view: view["busy"] is None)
+    assert f"{name} was freed for it: {line} brings it back" in done["said"]["text"]
+
+
+class Stubborn(BaseEngine):
+    """Cannot be closed."""
+
+    max_context_size = 100
+
+    def prompt_len(self, messages, functions=None, **kwargs):
+        return 1
+
+    is_stuck = True
+
+    async def close(self):
+        if self.is_stuck:
+            raise RuntimeError("stuck, with hf_abcdefghijklmnopqrstuv")
+
+
+def test_an_unload_that_fails_says_so_and_leaves_the_panel_usable(control, screen, clean_runtime):
+    engine = Stubborn()
+    clean_runtime.use(engine, name="bad")
+    assert control.unload("bad")
+    said = screen.wait_for(lambda view: view["busy"] is None and view["said"])["said"]
+    assert (said["text"], said["kind"]) == ("RuntimeError: stuck, with [token]", "error")
+    assert control.load()
+    assert screen.wait_for(lambda view: view["busy"] is None and view["said"])["said"]["kind"] == "done"
+    engine.is_stuck = False
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["5", "null", '{"model_type": ["llama"]}', '{"model_type": "llama", "num_attention_heads": 0}', "{"],
+)
+def test_a_configuration_of_any_shape_is_told_at_the_model(control, screen, tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    changed(control, model=str(tmp_path))
+    view = screen.now
+    assert view["model"]["is_reading"] is False
+    assert list(view["errors"]) == ["model"]
+    assert view["errors"]["model"].startswith(("the configuration of", "model: no plan", str(tmp_path), "the shape of"))
+
+
+@pytest.mark.parametrize("model", ["~nobody_is_called_so/model", "./" + "x" * 400, "a\0b"])
+def test_what_can_be_no_path_is_told_at_the_model(control, screen, model):
+    changed(control, model=model)
+    assert "there is no model" in screen.now["errors"]["model"]
+
+
+def test_a_model_that_was_missing_is_looked_for_again_when_asked(control, screen, tmp_path, tiny_model):
+    folder = tmp_path / "later"
+    changed(control, model=str(folder))
+    assert "model" in screen.now["errors"]
+    folder.symlink_to(tiny_model)
+    control.check_again()
+    assert control.wait()
+    assert screen.now["errors"] == {}
+    assert screen.now["plan"]["fits"]
+
+
+def test_a_setting_of_the_scheme_before_goes_with_it(control, screen):
+    changed(control, scheme="cpu-int4", group_size="64")
+    assert "--group-size=64" in screen.now["line"]
+    changed(control, scheme="nf4")
+    assert screen.now["errors"] == {}
+    assert control.values["group_size"] is None
+    changed(control, group_size="64")
+    assert "group_size" in screen.now["errors"], "what is set on purpose is told"
+
+
+@pytest.mark.parametrize("name", ["model", "revision", "stop_strings"])
+def test_a_token_is_refused_and_not_kept(control, screen, name):
+    token = "hf_abcdefghijklmnopqrstuv"
+    changed(control, **{name: [token] if name == "stop_strings" else token})
+    assert "does not belong into a panel" in screen.now["errors"][name]
+    assert token not in json.dumps([control.values, screen.now])
+    control.set_values(control.values)  # as a front end answers
+    assert "does not belong into a panel" in screen.now["errors"][name]
+    changed(control, model="echo")
+    assert screen.now["errors"] == {}
+
+
+def test_what_went_wrong_is_forgotten_when_the_controls_change(control, screen, tmp_path):
+    changed(control, model=str(tmp_path / "nothing"))
+    control.load()
+    screen.wait_for(lambda view: view["said"].get("kind") == "error")
+    changed(control, threads="2")
+    assert screen.now["said"] == {}
 
 
 def test_what_others_load_and_free_is_shown(control, screen, clean_runtime):

@@ -1,6 +1,6 @@
 /** The drawn text of an answer: it grows while the answer runs, and is handed on to the turn that the answer becomes. */
 
-import { assign, element } from "../dom";
+import { element } from "../dom";
 import { GrowingMarkdown } from "../markdown";
 import { Scope } from "../scope";
 import { decorate, type Insert } from "./code_tools";
@@ -10,8 +10,13 @@ export class AnswerBody {
   private readonly scope = new Scope();
   private readonly growing: GrowingMarkdown;
 
-  constructor(insert: Insert) {
-    this.growing = new GrowingMarkdown(this.node, (block) => decorate(this.scope, block, insert));
+  /** @param speak gets the text of each block when it has ended. */
+  constructor(insert: Insert, speak: (text: string) => void = () => undefined) {
+    this.growing = new GrowingMarkdown(
+      this.node,
+      (block) => decorate(this.scope, block, insert),
+      (block) => speak((block.querySelector("pre > code") ?? block).textContent ?? ""),
+    );
   }
 
   /** Draw `text`; what stands there already is kept. */
@@ -19,9 +24,9 @@ export class AnswerBody {
     this.growing.draw(text);
   }
 
-  /** Whether what comes is spoken. */
-  speak(isSpoken: boolean): void {
-    assign(this.node, { "aria-live": isSpoken ? "polite" : null, "aria-atomic": isSpoken ? "false" : null });
+  /** There comes no more. */
+  finish(): void {
+    this.growing.end();
   }
 
   /** Take it away. */

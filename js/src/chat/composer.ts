@@ -1,12 +1,27 @@
 /** Where a person writes: Enter sends, Shift+Enter breaks the line, Esc stops; files are dropped, pasted or chosen. */
 
-import { element } from "../dom";
+import { element, press } from "../dom";
 import type { Scope } from "../scope";
+
+/** A Jupyter server closes the connection on a message over 10 MiB; these go out together with the text. */
+const MOST_BYTES = 8 * 2 ** 20;
 
 /** What leaves the composer. */
 export interface Draft {
   text: string;
-  files: File[];
+  files: readonly File[];
+}
+
+/** What is asked of the pane. */
+export interface ComposerActions {
+  /** Gets what was written; the draft stays until `clear`. */
+  send(draft: Draft): void;
+  /** Ends the running answer. */
+  stop(): void;
+  /** Esc where nothing runs, or Cancel: what Send would do is not wanted. */
+  escape(): void;
+  /** Says what is wrong. */
+  complain(text: string): void;
 }
 
 export class Composer {
@@ -17,55 +32,76 @@ export class Composer {
   private readonly picker = element("input", { type: "file", accept: "image/*,audio/*", multiple: true, class: "kn-sr", tabindex: -1, "aria-label": "Attach images or audio" });
   private readonly attach = element("button", { type: "button", title: "Attach images or audio", "aria-label": "Attach images or audio" }, "Attach");
   private readonly chips = element("ul", { class: "kn-chips", "aria-label": "Attached files" });
-  private readonly label = element("p", { class: "kn-note kn-hidden" });
-  private files: File[] = [];
+  private readonly label = element("span", { class: "kn-note" });
+  private readonly cancel = element("button", { type: "button", class: "kn-small", "aria-label": "Cancel the edit" }, "Cancel");
+  private readonly purpose = element("div", { class: "kn-row kn-hidden" }, this.label, this.cancel);
+  private files: readonly File[] = [];
   private isAnswering = false;
+  /** What was sent and is not taken yet. */
+  private sent: Draft | null = null;
 
-  /**
-   * @param send gets what was written; the draft stays until `clear`.
-   * @param stop ends the running answer.
-   */
   constructor(
-    private readonly scope: Scope,
-    private readonly send: (draft: Draft) => void,
-    stop: () => void,
+    scope: Scope,
+    private readonly acts: ComposerActions,
   ) {
     scope.listen(this.box, "keydown", (event) => {
-      // What an input method composes is not sent yet.
-      if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      // What an input method composes is not sent yet; Safari tells of its last Enter by this code alone.
+      const isComposing = event.isComposing || event.keyCode === 229;
+      if (event.key === "Enter" && !event.shiftKey && !isComposing) {
         event.preventDefault();
         this.submit();
       }
-      // The notebook has shortcuts of its own.
-      event.stopPropagation();
-      if (event.key === "Escape" && this.isAnswering) stop();
+      if (event.key === "Escape") (this.isAnswering ? acts.stop : acts.escape)();
     });
-    scope.listen(this.box, "input", () => this.fit());
-    scope.listen(this.box, "paste", (event) => this.take(event.clipboardData?.files, event));
+    scope.listen(this.box, "input", () => {
+      this.sent = null;
+      this.fit();
+    });
+    scope.listen(this.box, "paste", (event) => {
+      // A table from a spreadsheet is text with a picture of itself.
+      if (!event.clipboardData?.types.includes("text/plain")) this.take(event.clipboardData?.files, event);
+    });
     scope.listen(this.sendButton, "click", () => this.submit());
-    scope.listen(this.stopButton, "click", stop);
+    scope.listen(this.stopButton, "click", () => acts.stop());
+    scope.listen(this.cancel, "click", () => {
+      acts.escape();
+      this.focus();
+    });
     scope.listen(this.attach, "click", () => this.picker.click());
-    scope.listen(this.picker, "change", () => this.take(this.picker.files));
+    scope.listen(this.picker, "change", () => {
+      this.take(this.picker.files);
+      this.picker.value = ""; // the same file may be chosen again
+    });
     const row = element("div", { class: "kn-row" }, this.sendButton, this.stopButton, this.attach, this.picker);
-    this.node = element("div", { class: "kn-composer" }, this.label, this.box, this.chips, row);
+    this.node = element("div", { class: "kn-composer" }, this.purpose, this.box, this.chips, row);
     this.answering(false);
   }
 
-  /** Take files that were dropped or pasted. */
+  /** Take files that were dropped, pasted or chosen, as many as can be sent together. */
   take(files: Iterable<File> & { length: number } | null | undefined, event?: Event): void {
     if (!files?.length) return;
     event?.preventDefault();
-    this.files.push(...files);
+    let size = this.files.reduce((sum, file) => sum + file.size, 0);
+    for (const file of files) {
+      size += file.size;
+      if (size > MOST_BYTES) {
+        size -= file.size;
+        const most = `${MOST_BYTES / 2 ** 20} MB together`;
+        this.acts.complain(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MB: ${most} can be sent from here. In a cell: %%chat -a FILE`);
+      } else this.files = [...this.files, file];
+    }
+    this.sent = null;
     this.drawChips();
   }
 
   /** Whether Stop or Send is what can be pressed. */
   answering(is: boolean): void {
+    if (is === this.isAnswering && this.stopButton.classList.contains("kn-hidden") !== is) return;
     const had = document.activeElement === (this.isAnswering ? this.stopButton : this.sendButton);
     this.isAnswering = is;
     this.sendButton.classList.toggle("kn-hidden", is);
     this.stopButton.classList.toggle("kn-hidden", !is);
-    if (is) this.stopButton.disabled = false;
+    this.stopButton.disabled = false;
     if (had) (is ? this.stopButton : this.sendButton).focus();
   }
 
@@ -74,10 +110,18 @@ export class Composer {
     this.stopButton.disabled = true;
   }
 
-  /** Put a text to write on with, and say what it will do. */
-  fill(text: string, label = ""): void {
-    this.box.value = text;
+  /** What is written, and not sent. */
+  get draft(): Draft {
+    return { text: this.box.value, files: this.files };
+  }
+
+  /** Put a draft to write on with, and say what Send will do with it. */
+  fill(draft: Draft, label = ""): void {
+    this.box.value = draft.text;
+    this.files = draft.files;
+    this.sent = null;
     this.say(label);
+    this.drawChips();
     this.fit();
   }
 
@@ -89,7 +133,7 @@ export class Composer {
   /** Say what Send will do, where that is not to append. */
   say(label: string): void {
     this.label.textContent = label;
-    this.label.classList.toggle("kn-hidden", !label);
+    this.purpose.classList.toggle("kn-hidden", !label);
   }
 
   /** Nothing can be sent any more. */
@@ -97,21 +141,22 @@ export class Composer {
     for (const each of [this.sendButton, this.attach]) each.disabled = true;
   }
 
-  clear(): void {
-    this.box.value = "";
-    this.files = [];
-    this.say("");
-    this.drawChips();
-    this.fit();
+  /** What was sent was not taken: it may be sent again. */
+  again(): void {
+    this.sent = null;
   }
 
-  get text(): string {
-    return this.box.value;
+  /** What was sent was taken. What was written since stays. */
+  clear({ text, files }: Draft): void {
+    const isSame = this.box.value === text;
+    this.fill({ text: isSame ? "" : this.box.value, files: this.files.filter((file) => !files.includes(file)) });
   }
 
   private submit(): void {
-    if (this.isAnswering || this.sendButton.disabled || (!this.box.value.trim() && !this.files.length)) return;
-    this.send({ text: this.box.value, files: this.files });
+    const draft = this.draft;
+    if (this.isAnswering || this.sendButton.disabled || this.sent || (!draft.text.trim() && !draft.files.length)) return;
+    this.sent = draft;
+    this.acts.send(draft);
   }
 
   private fit(): void {
@@ -123,8 +168,9 @@ export class Composer {
     this.chips.replaceChildren(
       ...this.files.map((file) => {
         const away = element("button", { type: "button", class: "kn-small", "aria-label": `Remove ${file.name}` }, "✕");
-        this.scope.listen(away, "click", () => {
+        press(away, () => {
           this.files = this.files.filter((each) => each !== file);
+          this.sent = null;
           this.drawChips();
         });
         return element("li", {}, `${file.name} (${Math.ceil(file.size / 1024)} KB) `, away);

@@ -1,6 +1,6 @@
 /** What opens beside the conversation: the list of conversations, and how answers are generated. */
 
-import { element } from "../dom";
+import { assign, element, press, say } from "../dom";
 import type { Scope } from "../scope";
 import type { Chat } from "./types";
 
@@ -21,6 +21,8 @@ export interface ListActions {
   rename(name: string): void;
 }
 
+let lastId = 0;
+
 /** The conversations, found by name and by what was said in them. */
 export class ChatList {
   readonly node: HTMLElement;
@@ -29,7 +31,7 @@ export class ChatList {
   private readonly name = element("input", { type: "text" });
 
   constructor(
-    private readonly scope: Scope,
+    scope: Scope,
     private readonly acts: ListActions,
   ) {
     let cancel: (() => void) | undefined;
@@ -37,12 +39,15 @@ export class ChatList {
       cancel?.();
       cancel = scope.after(250, () => acts.find(this.search.value));
     });
-    scope.listen(this.search, "keydown", (event) => event.stopPropagation());
     scope.listen(this.name, "change", () => acts.rename(this.name.value));
-    scope.listen(this.name, "keydown", (event) => event.stopPropagation());
     const fresh = element("button", { type: "button" }, "New conversation");
     scope.listen(fresh, "click", () => acts.begin());
     this.node = element("section", { class: "kn-drawer", "aria-label": "Conversations" }, element("label", { class: "kn-field" }, "Name of this conversation", this.name), element("div", { class: "kn-row" }, this.search, fresh), this.list);
+  }
+
+  /** What is looked for. */
+  get query(): string {
+    return this.search.value;
   }
 
   /** Show what this conversation is called. */
@@ -59,11 +64,12 @@ export class ChatList {
           { type: "button", "aria-current": chat.is_current ? "true" : null },
           `${chat.name} · ${turns} · ${new Date(chat.updated_at * 1000).toLocaleString()}`,
         );
-        this.scope.listen(button, "click", () => this.acts.open(chat.name));
+        press(button, () => this.acts.open(chat.name));
         return element("li", {}, button);
       }),
     );
-    if (!chats.length) this.list.append(element("li", { class: "kn-note" }, "None is kept."));
+    const none = this.query.trim() ? "Nothing was found." : "None is kept yet.";
+    if (!chats.length) this.list.append(element("li", { class: "kn-note" }, none));
   }
 }
 
@@ -73,6 +79,7 @@ export class Settings {
   private readonly system = element("textarea", { rows: 2, "aria-label": "System prompt", placeholder: "none" });
   private readonly inputs = new Map<string, HTMLInputElement>();
   private readonly sampling = element("select", { "aria-label": "Sampling" });
+  private readonly mistake = element("p", { class: "kn-error", role: "alert", id: `kani-mistake-${++lastId}` });
 
   constructor(scope: Scope, setSystem: (text: string) => void, setParams: (params: Record<string, number | boolean | null>) => void) {
     for (const [value, label] of [["", "the model's"], ["true", "at random"], ["false", "greedy"]] as const)
@@ -87,23 +94,33 @@ export class Settings {
       const input = element("input", { type: "number", step: "any", placeholder });
       this.inputs.set(name, input);
       scope.listen(input, "change", changed);
-      scope.listen(input, "keydown", (event) => event.stopPropagation());
       return element("label", { class: "kn-field" }, label, input);
     });
     scope.listen(this.sampling, "change", changed);
     scope.listen(this.system, "change", () => setSystem(this.system.value));
-    scope.listen(this.system, "keydown", (event) => event.stopPropagation());
     this.node = element(
       "section",
       { class: "kn-drawer", "aria-label": "Settings" },
       element("label", { class: "kn-field" }, "System prompt", this.system),
       element("div", { class: "kn-params" }, element("label", { class: "kn-field" }, "Sampling", this.sampling), ...fields),
+      this.mistake,
     );
   }
 
+  /** Say what cannot be used, at the setting that it is about; an empty text takes that away. */
+  complain(text: string): void {
+    say(this.mistake, text);
+    for (const [name, input] of this.inputs) {
+      const isWrong = new RegExp(`\\b${name}\\b`).test(text);
+      assign(input, { "aria-invalid": isWrong ? "true" : null, "aria-describedby": isWrong ? this.mistake.id : null });
+    }
+  }
+
+  /** Show what is set; what cannot be used stays as it was typed. */
   draw(system: string, params: Record<string, string>): void {
     if (this.system !== document.activeElement) this.system.value = system;
-    for (const [name, input] of this.inputs) if (input !== document.activeElement) input.value = params[name] ?? "";
+    for (const [name, input] of this.inputs)
+      if (input !== document.activeElement && !input.hasAttribute("aria-invalid")) input.value = params[name] ?? "";
     this.sampling.value = params["do_sample"]?.toLowerCase() ?? "";
   }
 }

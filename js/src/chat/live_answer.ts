@@ -9,6 +9,7 @@ export class LiveAnswer {
   private readonly early = new Map<number, Delta>();
   text = "";
   reasoning = "";
+  status = "";
   numbers = "";
 
   /** Take a whole: another answer, or this one as far as it is. Whether anything changed. */
@@ -20,6 +21,7 @@ export class LiveAnswer {
     this.seq = seq;
     this.text = running.text ?? "";
     this.reasoning = running.reasoning ?? "";
+    this.status = running.status ?? "";
     this.numbers = running.numbers ?? "";
     this.follow();
     return true;
@@ -41,6 +43,7 @@ export class LiveAnswer {
       this.seq = next.seq;
       this.text += next.text ?? "";
       this.reasoning += next.reasoning ?? "";
+      this.status = next.status;
       this.numbers = next.numbers;
     }
     return this.seq > before;

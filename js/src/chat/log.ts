@@ -3,16 +3,22 @@
 import { element } from "../dom";
 import type { Scope } from "../scope";
 import { LiveAnswer } from "./live_answer";
-import { type Actions, RunningView, TurnView } from "./turn_view";
+import { RunningView } from "./running_view";
+import { type Actions, TurnView } from "./turn_view";
 import type { Delta, Running, Turn } from "./types";
 
 /** So near to its end the conversation stays there when it grows. */
 const NEAR_PX = 60;
 /** Turns that come into sight are drawn for so long in a frame. */
 const FRAME_MS = 25;
+/** Texts that wait to be spoken, or were; older ones are taken away. */
+const MOST_SPOKEN = 20;
 
 export class Log {
-  readonly node = element("div", { class: "kn-log", role: "log", "aria-label": "Conversation", "aria-live": "off", tabindex: 0 });
+  readonly node: HTMLElement;
+  private readonly page = element("div");
+  /** What is said to those who do not see the conversation: each block of the answer on its way when it has ended. */
+  readonly spoken = element("div", { class: "kn-sr", "aria-live": "polite", role: "status" });
   private views: TurnView[] = [];
   private runningView: RunningView | null = null;
   private readonly live = new LiveAnswer();
@@ -21,6 +27,8 @@ export class Log {
   private readonly near = new Set<TurnView>();
   private nearFrame = 0;
   private frame = 0;
+  /** Whether the end stays in sight when the conversation grows. */
+  private sticks = true;
   private readonly sight: IntersectionObserver | null;
 
   /**
@@ -30,8 +38,14 @@ export class Log {
   constructor(
     scope: Scope,
     private readonly actions: Actions,
-    private readonly answer: (text: string) => void,
+    private readonly answer: (question: string, text: string) => void,
   ) {
+    this.node = element("div", { class: "kn-log", role: "log", "aria-label": "Conversation", "aria-live": "off", tabindex: 0 }, this.page);
+    scope.listen(this.node, "scroll", () => (this.sticks = this.isNearEnd()));
+    // A turn off the screen has a guessed height: what it really has comes when the browser lays it out.
+    const grown = typeof ResizeObserver === "undefined" ? null : new ResizeObserver(() => this.sticks && this.toEnd());
+    grown?.observe(this.page);
+    scope.finally(() => grown?.disconnect());
     this.sight =
       typeof IntersectionObserver === "undefined"
         ? null
@@ -53,12 +67,21 @@ export class Log {
       this.drawTurns(turns);
       this.drawRunning();
     });
-    if (isFresh) this.toEnd();
+    if (isFresh) {
+      this.sticks = true;
+      this.toEnd();
+    }
   }
 
   /** More of the answer on its way. */
   delta(delta: Delta): void {
     if (this.live.delta(delta)) this.later();
+  }
+
+  /** The kernel is gone: nothing runs, and nothing can be changed. */
+  freeze(): void {
+    this.draw(this.views.map(({ turn }) => turn), {});
+    for (const view of this.views) view.freeze();
   }
 
   /** Scroll to the end. */
@@ -69,7 +92,9 @@ export class Log {
   private drawTurns(turns: readonly Turn[]): void {
     let same = 0;
     while (same < turns.length && same < this.views.length && isSame(turns[same] as Turn, (this.views[same] as TurnView).turn)) same++;
-    for (const view of this.views.splice(same)) {
+    const replaced = this.views.splice(same);
+    const held = replaced.map(({ turn, focused }) => [turn.number, focused] as const).find(([, label]) => label !== null);
+    for (const view of replaced) {
       this.sight?.unobserve(view.node);
       this.near.delete(view);
       view.end();
@@ -83,11 +108,24 @@ export class Log {
     const nodes = fresh.map(({ node }) => node);
     // Before the answer on its way, which is not moved: a selection in it, and what it is spoken by, would be lost.
     if (this.runningView) this.runningView.node.before(...nodes);
-    else this.node.append(...nodes);
+    else this.page.append(...nodes);
     for (const view of fresh) {
       if (this.sight) this.sight.observe(view.node);
       else view.draw();
     }
+    if (held) this.focusAgain(...held);
+  }
+
+  /** A button that was pressed stands in another node now: the focus goes with it. */
+  private focusAgain(number: number, label: string | null): void {
+    const view = this.views.find(({ turn }) => turn.number === number);
+    if (view && label) view.focus(label);
+    else this.node.focus();
+  }
+
+  private speak(text: string): void {
+    this.spoken.append(element("p", {}, text));
+    while (this.spoken.childElementCount > MOST_SPOKEN) this.spoken.firstElementChild?.remove();
   }
 
   private drawRunning(): void {
@@ -103,8 +141,8 @@ export class Log {
       return;
     }
     if (!this.runningView) {
-      this.runningView = new RunningView(this.actions.insert, this.answer);
-      this.node.append(this.runningView.node);
+      this.runningView = new RunningView(this.actions.insert, this.answer, (text) => this.speak(text));
+      this.page.append(this.runningView.node);
     }
     this.live.whole(this.running);
     this.later();
@@ -142,9 +180,13 @@ export class Log {
   }
 
   private staysDown(draw: () => void): void {
-    const isNear = this.node.scrollHeight - this.node.scrollTop - this.node.clientHeight < NEAR_PX;
+    this.sticks = this.isNearEnd();
     draw();
-    if (isNear) this.toEnd();
+    if (this.sticks) this.toEnd();
+  }
+
+  private isNearEnd(): boolean {
+    return this.node.scrollHeight - this.node.scrollTop - this.node.clientHeight < NEAR_PX;
   }
 }
 

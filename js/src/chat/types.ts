@@ -34,13 +34,14 @@ export interface Running {
   notes?: string[];
   status?: string;
   numbers?: string;
-  question?: string;
+  question?: { id?: string; text?: string };
 }
 
 export interface Delta {
   kind: "delta";
   run: string;
   seq: number;
+  status: string;
   numbers: string;
   text?: string;
   reasoning?: string;

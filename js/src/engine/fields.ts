@@ -37,11 +37,18 @@ export function control(scope: Scope, field: Field, changed: (value: Value) => v
     help,
     error,
   );
-  scope.listen(input, "change", () => changed(valueOf(field, input)));
+  let isTyping = false;
+  scope.listen(input, "input", () => (isTyping = true));
+  scope.listen(input, "change", () => {
+    isTyping = false;
+    changed(valueOf(field, input));
+  });
   return {
     field,
     node,
-    set: (value) => show(field, input, value),
+    set: (value) => {
+      if (!isTyping || input !== document.activeElement) show(input, value);
+    },
     complain(text) {
       say(error, text);
       error.classList.toggle("kn-hidden", !text);
@@ -102,12 +109,12 @@ function valueOf(field: Field, input: Input): Value {
   return text === "" ? null : text;
 }
 
-function show(field: Field, input: Input, value: Value): void {
+function show(input: Input, value: Value): void {
   if (input instanceof HTMLInputElement && input.type === "checkbox") {
     input.checked = value === true;
     return;
   }
   const text = Array.isArray(value) ? value.join("\n") : value === null || value === undefined ? "" : String(value);
   if (input instanceof HTMLSelectElement) choose(input, text);
-  else if (input.value !== text && (input !== document.activeElement || field.kind !== "list")) input.value = text;
+  else if (input.value !== text) input.value = text;
 }

@@ -62,14 +62,11 @@ type Set = (changes: Record<string, Value>) => void;
 
 /** The device map's own editor: how many layers each device holds. */
 export class LayerEditor {
-  readonly node = element("div", { role: "group", "aria-label": "Layers by device" });
+  readonly node = element("div", { class: "kn-field kn-wide", role: "group", "aria-label": "Layers by device" });
   private counts: number[] = [];
   private drawn = "";
 
-  constructor(
-    private readonly scope: Scope,
-    private readonly set: Set,
-  ) {}
+  constructor(private readonly set: Set) {}
 
   draw(view: View, text: string): void {
     const blocks = view.blocks ?? [];
@@ -94,7 +91,7 @@ export class LayerEditor {
 
   private slider(device: string, at: number, blocks: readonly string[], devices: readonly string[]): HTMLElement {
     const input = element("input", { type: "range", min: 0, max: blocks.length, step: 1, "aria-label": `Parts on ${device}` });
-    this.scope.listen(input, "input", () => {
+    input.addEventListener("input", () => {
       const counts = withCount(this.counts, at, Number(input.value));
       this.set({ device_map: mapOf(blocks, devices, counts), device: null });
     });
@@ -156,10 +153,7 @@ export class MemoryLimits {
   private limits: Record<string, number> = {};
   private drawn = "";
 
-  constructor(
-    private readonly scope: Scope,
-    private readonly set: Set,
-  ) {}
+  constructor(private readonly set: Set) {}
 
   draw(view: View): void {
     const devices = (view.plan?.devices ?? []).filter((each) => each.name !== "disk");
@@ -167,7 +161,8 @@ export class MemoryLimits {
     const key = JSON.stringify(devices.map((each) => [each.name, each.total]));
     if (key !== this.drawn) {
       this.drawn = key;
-      this.node.replaceChildren(...devices.map((each) => this.slider(each.name, each.total)));
+      const caption = element("p", { class: "kn-note" }, "Most memory of each device:");
+      this.node.replaceChildren(caption, ...devices.map((each) => this.slider(each.name, each.total)));
     }
     devices.forEach((device, at) => {
       const input = this.node.querySelectorAll("input")[at];
@@ -182,7 +177,7 @@ export class MemoryLimits {
     const most = total / GIB;
     const step = most > 16 ? 0.5 : most > 2 ? 0.125 : 0.03125;
     const input = element("input", { type: "range", min: 0, max: most, step, "aria-label": `Most memory of ${name}` });
-    this.scope.listen(input, "input", () => {
+    input.addEventListener("input", () => {
       const limits = { ...this.limits };
       const chosen = Number(input.value);
       if (chosen > most - step) delete limits[name];

@@ -21,9 +21,8 @@ export class PlanView {
       "ul",
       { class: "kn-legend" },
       ...PARTS.map(([part, name]) => element("li", {}, swatch(`kn-${part}`), name)),
-      element("li", {}, swatch("kn-used"), "used by others"),
+      element("li", {}, swatch("kn-used"), "not available"),
     );
-    legend.style.setProperty("display", "flex");
     this.node = element("div", { role: "group", "aria-label": "Memory plan" }, this.verdict, this.bars, legend, this.more);
   }
 

@@ -14,8 +14,8 @@ export interface Field {
 
 export interface Controls {
   sections?: { title: string; fields: Field[] }[];
-  models?: { name: string; group: string; about: string }[];
-  schemes?: { name: string; about: string; knobs: string[] }[];
+  models?: { name: string; about: string }[];
+  schemes?: { name: string; about: string }[];
 }
 
 export interface Device {
@@ -52,7 +52,6 @@ export interface Busy {
 export interface Engine {
   name: string;
   holds: string;
-  line: string;
   is_current: boolean;
 }
 
@@ -67,6 +66,8 @@ export interface View {
   busy?: Busy | null;
   said?: { text?: string; remarks?: string; kind?: string };
   engines?: Engine[];
+  /** What Load frees first, in a sentence. */
+  frees?: string;
 }
 
 export interface State {

@@ -6,7 +6,7 @@ import { ChatList, Settings } from "../chat/drawers";
 import { Log } from "../chat/log";
 import type { Actions } from "../chat/turn_view";
 import type { Chat, Delta, State, Turn } from "../chat/types";
-import { assign, element, say } from "../dom";
+import { assign, element, keepKeys, say } from "../dom";
 import type { Context } from "../model";
 import { type Answer, Requests } from "../requests";
 import { Scope } from "../scope";
@@ -18,41 +18,45 @@ interface Sent extends Draft {
   edited: Turn | null;
 }
 
+const NOTHING: Draft = { text: "", files: [] };
+
 function render({ model, el }: Context<State>): () => void {
   const scope = new Scope();
   const complaint = element("p", { class: "kn-error", role: "alert" });
-  const answered = new Map<string, (answer: Answer & { chats?: Chat[] }) => void>();
-  const requests = new Requests(scope, model, (text) => say(complaint, text), (answer) => {
-    const then = answered.get(answer.id ?? "");
-    answered.delete(answer.id ?? "");
-    then?.(answer as Answer & { chats?: Chat[] });
+  const requests = new Requests<State, Answer & { chats?: Chat[] }>(scope, model, (text, kind) => {
+    if (kind === "params") settings.complain(text);
+    else say(complaint, text);
   });
+  const ask = requests.send.bind(requests);
   /** What is written takes the place of this turn. */
   let edited: Turn | null = null;
+  /** What was written before that. */
+  let aside: Draft = NOTHING;
   /** What was sent last, to be written on with where it could not be answered. */
   let last: Sent | null = null;
   const write = (draft: Sent): void => {
     edited = draft.edited;
-    composer.fill(draft.text, edited ? `Takes the place of turn ${edited.number}; the old one stays as a branch. Empty it to cancel.` : "");
-    composer.take(draft.files);
+    composer.fill(draft, edited ? `Takes the place of turn ${edited.number}; the old one stays as a branch.` : "");
   };
-  const ask = (kind: string, more: Record<string, unknown> = {}, then?: (answer: Answer & { chats?: Chat[] }) => void, buffers?: ArrayBuffer[]): void => {
-    const id = requests.send(kind, more, buffers);
-    if (then) answered.set(id, then);
+  const edit = (turn: Turn): void => {
+    if (!edited) aside = composer.draft;
+    write({ text: turn.prompt, files: [], edited: turn });
+    composer.focus();
+  };
+  const endEdit = (): void => {
+    if (edited) write({ ...aside, edited: null });
+    aside = NOTHING;
   };
 
   // -- the page ------------------------------------------------------------------------------------------------------
   const insert = inserter(model.widget_manager, el);
   const actions: Actions = {
-    retry: ({ number }) => ask("retry", { number }),
-    edit: (turn) => {
-      write({ text: turn.prompt, files: [], edited: turn });
-      composer.focus();
-    },
+    retry: ({ id }) => ask("retry", { turn: id }),
+    edit,
     go: (turn) => ask("switch", { turn }),
     insert,
   };
-  const log = new Log(scope, actions, (text) => ask("answer", { text }));
+  const log = new Log(scope, actions, (question, text) => ask("answer", { question, text }));
   const title = element("span", { class: "kn-title" });
   const meter = element("meter", { min: 0, max: 1, low: 0.7, high: 0.9, optimum: 0, "aria-label": "Context used" });
   const context = element("span");
@@ -69,7 +73,7 @@ function render({ model, el }: Context<State>): () => void {
       ask("new");
       toggle("list", false);
     },
-    rename: (name) => ask("rename", { name }, () => find("")),
+    rename: (name) => ask("rename", { name }, () => find(list.query)),
   });
   const settings = new Settings(scope, (text) => ask("system", { text }), (params) => ask("params", { params }));
   const drawers = { list: list.node, settings: settings.node };
@@ -79,7 +83,12 @@ function render({ model, el }: Context<State>): () => void {
     composer.stopping();
     sendStop();
   };
-  const composer = new Composer(scope, (draft) => void submit(draft), stop);
+  const composer = new Composer(scope, {
+    send: (draft) => void submit(draft),
+    stop,
+    escape: endEdit,
+    complain: (text) => requests.refuse("send", text),
+  });
   const root = element(
     "div",
     { class: "kani-panel kani-live kn-chat", role: "region", "aria-label": "Chat" },
@@ -88,6 +97,7 @@ function render({ model, el }: Context<State>): () => void {
     drawers.list,
     drawers.settings,
     log.node,
+    log.spoken,
     notices,
     problem,
     gone,
@@ -96,6 +106,7 @@ function render({ model, el }: Context<State>): () => void {
   );
   for (const drawer of Object.values(drawers)) drawer.classList.add("kn-hidden");
   el.append(root);
+  scope.listen(root, "keydown", keepKeys);
   scope.finally(() => root.remove());
 
   function opener(text: string, name: "list" | "settings"): HTMLButtonElement {
@@ -104,9 +115,11 @@ function render({ model, el }: Context<State>): () => void {
     return button;
   }
   function toggle(name: "list" | "settings", open = drawers[name].classList.contains("kn-hidden")): void {
+    const hadFocus = drawers[name].contains(document.activeElement);
     drawers[name].classList.toggle("kn-hidden", !open);
     assign(openers[name], { "aria-expanded": String(open) });
-    if (open && name === "list") find("");
+    if (!open && hadFocus) openers[name].focus();
+    if (open && name === "list") find(list.query);
   }
   function find(query: string): void {
     ask("list", { query }, ({ chats }) => list.draw(chats ?? []));
@@ -117,7 +130,9 @@ function render({ model, el }: Context<State>): () => void {
     const running = model.get("running") ?? {};
     composer.answering(Boolean(running.run));
     root.classList.toggle("kn-is-answering", Boolean(running.run));
-    log.draw([...(model.get("history") ?? []), ...(model.get("recent") ?? [])], running);
+    const turns = [...(model.get("history") ?? []), ...(model.get("recent") ?? [])];
+    if (edited && !turns.some(({ id }) => id === edited?.id)) write({ ...composer.draft, edited: null });
+    log.draw(turns, running);
   };
   const drawAround = (): void => {
     const around = model.get("around") ?? {};
@@ -133,32 +148,33 @@ function render({ model, el }: Context<State>): () => void {
   const drawProblem = (): void => {
     const { text = "", prompt = "" } = model.get("problem") ?? {};
     say(problem, text);
-    if (prompt && !composer.text) write(last?.text === prompt ? last : { text: prompt, files: [], edited: null });
+    if (prompt && !composer.draft.text) write(last?.text === prompt ? last : { text: prompt, files: [], edited: null });
   };
   const drawNotices = (): void => {
     notices.replaceChildren(...(model.get("notices") ?? []).map((notice) => element("p", { class: "kn-note" }, notice)));
   };
 
   // -- what is sent --------------------------------------------------------------------------------------------------
-  async function submit({ text, files }: Draft): Promise<void> {
+  async function submit(draft: Draft): Promise<void> {
+    const { text, files } = draft;
     const replaced = edited;
-    const sent = (answer: Answer): void => {
-      if (answer.kind !== "done") return;
-      last = { text, files, edited: replaced };
+    const answered = (answer: Answer): void => {
+      if (answer.kind !== "done") return composer.again();
+      last = { ...draft, edited: replaced };
       edited = null;
-      composer.clear();
+      composer.clear(draft);
+      if (replaced && !composer.draft.text) composer.fill(aside);
+      aside = NOTHING;
     };
-    if (replaced) return ask("edit", { number: replaced.number, text }, sent);
-    const described = files.map(({ name, type }) => ({ name, mime: type }));
-    const buffers = await Promise.all(files.map((file) => file.arrayBuffer()));
-    ask("send", { text, files: described }, sent, buffers);
-  }
-  scope.listen(composer.node, "input", () => {
-    if (edited && !composer.text) {
-      edited = null;
-      composer.say("");
+    if (replaced) return ask("edit", { turn: replaced.id, text }, answered);
+    try {
+      const buffers = await Promise.all(files.map((file) => file.arrayBuffer()));
+      ask("send", { text, files: files.map(({ name, type }) => ({ name, mime: type })) }, answered, buffers);
+    } catch (error) {
+      composer.again();
+      requests.refuse("send", `A file could not be read: ${String(error)}. Remove it, or choose it again.`);
     }
-  });
+  }
   scope.listen(root, "dragover", (event) => event.preventDefault());
   scope.listen(root, "drop", (event) => composer.take(event.dataTransfer?.files, event));
 
@@ -172,6 +188,9 @@ function render({ model, el }: Context<State>): () => void {
     gone.classList.remove("kn-hidden");
     composer.answering(false);
     composer.disable();
+    root.classList.remove("kn-is-answering");
+    log.freeze();
+    for (const drawer of Object.values(drawers)) drawer.inert = true;
   };
   scope.on(model, "comm_live_update", lost);
   scope.on(model, "msg:custom", (message: Delta | undefined) => {
@@ -185,7 +204,8 @@ function render({ model, el }: Context<State>): () => void {
   drawAround();
   drawProblem();
   drawNotices();
-  requestAnimationFrame(() => log.toEnd());
+  const laidOut = requestAnimationFrame(() => log.toEnd());
+  scope.finally(() => cancelAnimationFrame(laidOut));
   return scope.end;
 }
 

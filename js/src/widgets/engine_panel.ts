@@ -1,7 +1,7 @@
 /** The engine panel: controls on one side, the memory plan on the other, and the line that does the same below. */
 
 import { copyText } from "../copy";
-import { assign, element, say } from "../dom";
+import { assign, element, keepKeys, press, say, stageOf } from "../dom";
 import { LayerEditor, MemoryLimits, PlaceChoice } from "../engine/places";
 import { type Control, control, fill } from "../engine/fields";
 import { PlanView } from "../engine/plan";
@@ -29,10 +29,11 @@ function render({ model, el }: Context<State>): () => void {
 
   const fields = new Map<string, Control>();
   const plan = new PlanView();
-  const layers = new LayerEditor(scope, set);
+  const layers = new LayerEditor(set);
   const place = new PlaceChoice(scope, set, view);
-  const limits = new MemoryLimits(scope, set);
+  const limits = new MemoryLimits(set);
   const about = element("p", { class: "kn-note", "aria-live": "polite" });
+  const aboutScheme = element("p", { class: "kn-note", "aria-live": "polite" });
   const models = element("datalist", { id: `kani-models-${Math.random().toString(36).slice(2)}` });
   const contextSlider = element("input", { type: "range", min: 7, step: 0.25, "aria-label": "Context length" });
 
@@ -66,6 +67,7 @@ function render({ model, el }: Context<State>): () => void {
       one.node.classList.add("kn-wide");
       assign(one.node.querySelector("input") as Element, { list: models.id });
     }
+    if (field.name === "scheme") one.node.append(aboutScheme);
     return [one.node];
   };
 
@@ -81,10 +83,14 @@ function render({ model, el }: Context<State>): () => void {
     say(copy, isCopied ? "Copied" : "Selected: press Ctrl-C");
     scope.after(2000, () => say(copy, "Copy"));
   };
-  const stage = element("p", { class: "kn-note", role: "status" });
+  const stage = element("span", { role: "status" });
+  const elapsed = element("span");
   const steps = element("ul", { class: "kn-steps kn-note" });
   const progress = element("progress", { max: 1, "aria-label": "Progress of the load" });
-  const busy = element("div", { class: "kn-busy" }, steps, stage, progress);
+  const busy = element("div", { class: "kn-busy" }, steps, element("p", { class: "kn-note" }, stage, elapsed), progress);
+  const frees = element("p", { class: "kn-note" });
+  const gone = element("p", { class: "kn-gone kn-hidden", role: "alert" });
+  let isGone = false;
   const said = element("p", { class: "kn-outcome", role: "status", "aria-live": "polite" });
   const engines = element("ul", { class: "kn-engines", "aria-label": "Loaded engines" });
   const root = element(
@@ -98,9 +104,11 @@ function render({ model, el }: Context<State>): () => void {
       element(
         "div",
         { class: "kn-side" },
+        gone,
         plan.node,
         element("div", { class: "kn-row" }, element("div", { class: "kn-line", role: "group", "aria-label": "The same as a magic line" }, line), copy),
         element("div", { class: "kn-row" }, load, cancel, refresh),
+        frees,
         busy,
         said,
         complaint,
@@ -110,6 +118,7 @@ function render({ model, el }: Context<State>): () => void {
     ),
   );
   el.append(root);
+  scope.listen(root, "keydown", keepKeys);
   scope.finally(() => root.remove());
 
   function button(text: string, press: () => void, name = ""): HTMLButtonElement {
@@ -132,12 +141,14 @@ function render({ model, el }: Context<State>): () => void {
 
   const drawValues = (): void => {
     const now = values();
+    say(aboutScheme, (model.get("controls")?.schemes ?? []).find(({ name }) => name === now["scheme"])?.about ?? "");
     for (const [name, one] of fields) one.set(now[name] ?? null);
     const chosen = (given: Value | undefined): string => (typeof given === "string" ? given : "");
     place.draw(view(), chosen(now["device"]), chosen(now["device_map"]));
     layers.draw(view(), chosen(now["device_map"]));
     const context = Number(now["max_context_size"] ?? view().model?.window ?? 4096);
     if (contextSlider !== document.activeElement) contextSlider.value = String(Math.log2(context || 1));
+    assign(contextSlider, { "aria-valuetext": `${context.toLocaleString("en")} tokens` });
   };
 
   const drawView = (): void => {
@@ -155,16 +166,18 @@ function render({ model, el }: Context<State>): () => void {
     if (context) assign(context, { placeholder: described?.window ? `default: ${described.window.toLocaleString("en")}` : "default" });
     contextSlider.max = String(Math.log2(described?.window ?? 131072));
     const hasErrors = Object.keys(now.errors ?? {}).length > 0;
-    plan.draw(hasErrors ? null : now.plan, hasErrors ? "No plan: a control cannot be used." : "Planning…");
+    plan.draw(hasErrors ? null : now.plan, hasErrors ? "No plan: the field that is marked cannot be used." : "Planning…");
     limits.draw(now);
-    say(line, now.line || "(a control cannot be used)");
+    say(line, now.line || "(no line: a field that is marked cannot be used)");
     const running = now.busy ?? null;
-    load.disabled = running !== null || !now.line || now.plan?.fits === false;
+    load.disabled = isGone || running !== null || !now.line || hasErrors || now.plan?.fits === false;
+    say(frees, running ? "" : (now.frees ?? ""));
     cancel.disabled = !running?.can_cancel;
     busy.classList.toggle("kn-hidden", !running);
     if (running) {
       steps.replaceChildren(...running.done.map((each) => element("li", {}, `✓ ${each}`)));
-      say(stage, [running.title, running.elapsed, running.stage].filter(Boolean).join(", "));
+      say(stage, [running.title, stageOf(running.stage)].filter(Boolean).join(": "));
+      say(elapsed, `${running.stage.slice(stageOf(running.stage).length)} · ${running.elapsed}`);
       if (running.fraction === null) progress.removeAttribute("value");
       else progress.value = running.fraction;
     }
@@ -181,9 +194,10 @@ function render({ model, el }: Context<State>): () => void {
     drawnEngines = key;
     engines.replaceChildren(
       ...loaded.map(({ name, holds, is_current }) => {
-        const free = button("Unload", () => requests.send("unload", { name }));
-        assign(free, { "aria-label": `Unload ${name}`, disabled: isBusy });
-        const words = [name, is_current ? "answers" : "", holds].filter(Boolean).join(" · ");
+        const free = element("button", { type: "button" }, "Unload");
+        press(free, () => requests.send("unload", { name }));
+        assign(free, { "aria-label": `Unload ${name}`, disabled: isBusy || isGone });
+        const words = [name, is_current ? "current" : "", holds].filter(Boolean).join(" · ");
         return element("li", {}, element("span", {}, words), free);
       }),
     );
@@ -199,6 +213,14 @@ function render({ model, el }: Context<State>): () => void {
     drawView();
     drawValues();
   };
+  scope.on(model, "comm_live_update", () => {
+    isGone = true;
+    say(gone, "The kernel was restarted, or is gone: this panel has ended. Run its cell again to use it.");
+    gone.classList.remove("kn-hidden");
+    for (const each of [top, sections, cancel, refresh, engines]) each.inert = true;
+    busy.classList.add("kn-hidden");
+    load.disabled = true;
+  });
   scope.on(model, "change:controls", drawChoices);
   scope.on(model, "change:values", drawValues);
   scope.on(model, "change:view", drawAll);

@@ -4,7 +4,7 @@
  * Kept under 5 KB: its source travels in every comm_open.
  */
 
-import { element, say } from "../dom";
+import { element, keepKeys, say, stageOf } from "../dom";
 import type { Context } from "../model";
 import { Scope } from "../scope";
 import { sparkline } from "../sparkline";
@@ -22,7 +22,8 @@ interface Shown {
 function render({ model, el }: Context<{ state: Shown }>): () => void {
   const scope = new Scope();
   const stop = element("button", { type: "button", "aria-label": "Stop the answer" }, "Stop");
-  const status = element("span", { role: "status" });
+  const status = element("span");
+  const spoken = element("b", { role: "status" });
   const numbers = element("span");
   const memory = element("span");
   const line = sparkline();
@@ -33,22 +34,28 @@ function render({ model, el }: Context<{ state: Shown }>): () => void {
     stop,
     element("i", { "aria-hidden": "true" }),
     status,
+    spoken,
     numbers,
     memory,
     line.node,
   );
   el.append(root);
   scope.finally(() => root.remove());
+  scope.listen(root, "keydown", keepKeys);
 
+  const tell = (text: string): void => {
+    say(status, text);
+    say(spoken, stageOf(text));
+  };
   let isStopping = false;
   const draw = (): void => {
     const shown = model.get("state") ?? {};
-    say(status, isStopping ? "stopping…" : (shown.status ?? ""));
+    tell(isStopping ? "stopping…" : (shown.status ?? ""));
     numbers.textContent = shown.numbers ?? "";
     memory.textContent = shown.memory ?? "";
     line.draw(shown.series ?? []);
   };
-  const send = stopper(scope, model, () => model.get("state")?.comm ?? "", () => say(status, "interrupting the kernel…"));
+  const send = stopper(scope, model, () => model.get("state")?.comm ?? "", () => tell("interrupting the kernel…"));
   scope.listen(stop, "click", () => {
     isStopping = stop.disabled = true;
     draw();

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,16 @@ import anywidget
 import traitlets
 
 from kani_nb._runtime import Runtime, runtime
+from kani_nb._secrets import without_secrets
 from kani_nb.conversation.session import ChatSession
 from kani_nb.engines.attachments import part_of
 from kani_nb.errors import KaniNbError
 from kani_nb.notebook.panels.chat_control import ChatControl
 from kani_nb.notebook.panels.chat_twin import ChatTwin
 from kani_nb.notebook.panels.latest import Latest
-from kani_nb.notebook.panels.showing import ShownPanel
+from kani_nb.notebook.panels.showing import ShownPanel, keep_shown
 from kani_nb.notebook.stop_bus import StopBus
+from kani_nb.notebook.transcript import plain
 
 _STATIC = Path(__file__).parents[2] / "static"
 #: The static output follows after so long: a front end draws it anew as a whole, and typesets its formulas.
@@ -52,7 +53,6 @@ class ChatPanel(anywidget.AnyWidget):
     ) -> None:
         super().__init__()
         self._is_closed = False
-        self._sync_lock = threading.RLock()
         self._twin, self._twins = ChatTwin(), Latest("kani-nb-pane-twin", pause_s=_TWIN_AFTER_S)
         self._bus = bus
         self._comm_id = str(getattr(self.comm, "comm_id", ""))
@@ -104,8 +104,7 @@ class ChatPanel(anywidget.AnyWidget):
     def _show(self, changes: dict[str, Any]) -> None:
         if self._is_closed:
             return
-        # From the loop's thread and the kernel's: what one holds back, the other would forget.
-        with self._sync_lock, self.hold_sync():
+        with self.hold_sync():
             for name, value in changes.items():
                 setattr(self, name, value)
         if self.shown is not None and "recent" in changes:
@@ -140,23 +139,23 @@ class ChatPanel(anywidget.AnyWidget):
         try:
             answer |= self._done(content, buffers) or {}
         except KaniNbError as error:
-            answer |= {"kind": "error", "why": str(error)}
-        except (KeyError, TypeError, ValueError) as error:
-            answer |= {"kind": "error", "why": f"a message of the pane could not be read: {error!r}"}
+            answer |= {"kind": "error", "why": plain(str(error))}
+        except Exception as error:  # noqa: BLE001 - whatever a page sends, it is answered
+            answer |= {"kind": "error", "why": without_secrets(f"a message of the pane could not be read: {error!r}")}
         self.send(answer)
 
     def _done(self, content: dict[str, Any], buffers: Sequence[Any]) -> dict[str, Any] | None:
         control, kind = self._control, content.get("kind")
         if kind == "send":
             files = zip(content.get("files", ()), buffers, strict=True)
-            parts = tuple(part_of(bytes(each), file["name"], declared=file["mime"]) for file, each in files)
+            parts = tuple(part_of(bytes(each), str(file["name"]), declared=str(file["mime"])) for file, each in files)
             control.ask(str(content["text"]), parts)
         elif kind == "retry":
-            control.retry(int(content["number"]))
+            control.retry(str(content["turn"]))
         elif kind == "edit":
-            control.edit(int(content["number"]), str(content["text"]))
+            control.edit(str(content["turn"]), str(content["text"]))
         elif kind == "answer":
-            control.answer(str(content["text"]))
+            control.answer(str(content["question"]), str(content["text"]))
         elif kind == "switch":
             control.switch(str(content["turn"]))
         elif kind == "system":
@@ -180,4 +179,5 @@ def show_chat_panel(bus: StopBus | None = None) -> ChatPanel:
     """Put a pane of the current conversation into the running cell."""
     panel = ChatPanel(bus=bus)
     panel.shown = ShownPanel(panel, panel.twin())
+    keep_shown("chat panel", panel)
     return panel

@@ -5,7 +5,7 @@ An answer goes out as the text that it is; the front end draws its Markdown. Wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kani_nb.conversation.store import ConversationSummary
@@ -20,32 +20,41 @@ from kani_nb.notebook.turn_text import prompt_of_turn
 _LONGEST_STEP = 4_000
 
 
-def turn_views(conversation: Conversation, first: int = 1) -> list[dict[str, Any]]:
-    """The turns of the branch in order, from number `first` on."""
-    children: dict[str | None, list[str]] = {}
-    for turn in conversation.turns.values():
-        children.setdefault(turn.parent_id, []).append(turn.id)
-    return [
-        _turn_view(turn, number, children[turn.parent_id])
-        for number, turn in enumerate(conversation.path(), 1)
-        if number >= first
-    ]
+class TurnViews:
+    """The turns of one conversation. A turn never changes, so that it is drawn once, its pictures with it."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[str, dict[str, Any]] = {}
+
+    def draw(self, conversation: Conversation, first: int = 1) -> list[dict[str, Any]]:
+        """The turns of the branch in order, from number `first` on."""
+        children: dict[str | None, list[str]] = {}
+        for turn in conversation.turns.values():
+            children.setdefault(turn.parent_id, []).append(turn.id)
+        return [
+            {**self._draw(turn), "number": number, "siblings": children[turn.parent_id]}
+            for number, turn in enumerate(conversation.path(), 1)
+            if number >= first
+        ]
+
+    def _draw(self, turn: Turn) -> dict[str, Any]:
+        if turn.id not in self._drawn:
+            self._drawn[turn.id] = _turn_view(turn)
+        return self._drawn[turn.id]
 
 
-def _turn_view(turn: Turn, number: int, siblings: list[str]) -> dict[str, Any]:
+def _turn_view(turn: Turn) -> dict[str, Any]:
     return {
         "id": turn.id,
-        "number": number,
         "prompt": plain(prompt_text(prompt_of_turn(turn))),
         "pictures": prompt_pictures(prompt_of_turn(turn)),
         "can_edit": isinstance(turn.prompt.content, str),
         "answer": plain(turn.answer.text) if turn.answer is not None else "",
         "reasoning": plain("\n\n".join(filter(None, (each.reasoning for each in turn.messages)))),
         "steps": [step_view(step) for step in step_texts(turn.messages)],
-        "model": turn.model or "Assistant",
+        "model": plain(turn.model) or "Assistant",
         "is_cut": turn.interrupted,
         "stat": stat_line(GenerationMetrics.from_dict(turn.metrics)) if turn.metrics else "",
-        "siblings": siblings,
     }
 
 
@@ -79,7 +88,28 @@ def leaf_below(conversation: Conversation, turn_id: str) -> int:
     return max(number for number, leaf in enumerate(leaves, 1) if is_below(leaf.id))
 
 
-def context_view(turns: Sequence[Turn], window_tokens: int | None) -> dict[str, Any]:
+def around_view(
+    conversation: Conversation, *, engine: str, window_tokens: int | None, params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What stands around the turns.
+
+    Args:
+        conversation: the one that is shown.
+        engine: name of the one that answers.
+        window_tokens: its longest context.
+        params: how answers are generated.
+    """
+    return {
+        "name": plain(conversation.name),
+        "system": plain(conversation.system or ""),
+        "branches": len(conversation.branches()),
+        "engine": plain(engine),
+        "context": _context_view(conversation.path(), window_tokens),
+        "params": {name: plain(str(value)) for name, value in params.items()},
+    }
+
+
+def _context_view(turns: Sequence[Turn], window_tokens: int | None) -> dict[str, Any]:
     """How full the context is: as the last answer left it."""
     metrics = next((turn.metrics for turn in reversed(turns) if turn.metrics), None)
     used = None
@@ -92,9 +122,9 @@ def context_view(turns: Sequence[Turn], window_tokens: int | None) -> dict[str, 
 def summary_view(summary: ConversationSummary, current_id: str) -> dict[str, Any]:
     """One entry of the list of conversations."""
     return {
-        "name": summary.name,
+        "name": plain(summary.name),
         "turns": summary.turns,
-        "notebook": summary.notebook,
+        "notebook": plain(summary.notebook),
         "updated_at": summary.updated_at,
         "is_current": summary.id == current_id,
     }

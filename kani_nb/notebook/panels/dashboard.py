@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from html import escape
 
 from kani_nb._runtime import Runtime, runtime
@@ -24,24 +25,31 @@ class Dashboard:
 
     def __init__(self, rt: Runtime) -> None:
         self._rt = rt
-        metrics = self._metrics()
+        self._lock = threading.Lock()  # answers end on the loop's thread, conversations change on any
+        self._drawn = metrics = self._metrics()
         self._figure = LiveFigure(metrics)
         self._shown = ShownPanel(self._figure.widget, _twin(metrics))
-        self._unlisten = rt.metrics.listen(self._redraw)
+        self._unlisten = rt.metrics.listen(lambda _latest: self._redraw())
+        self._unwatch = rt.watch(self._redraw)
 
     def close(self) -> None:
         """Take the figure away; what stands in its place stays. Safe to call twice."""
         self._unlisten()
+        self._unwatch()
         self._figure.close()
 
     def _metrics(self) -> list[GenerationMetrics]:
         chat = self._rt.current_chat
         return [] if chat is None else metrics_of(chat)
 
-    def _redraw(self, _latest: GenerationMetrics) -> None:
-        metrics = self._metrics()
-        self._figure.draw(metrics)
-        self._shown.update(_twin(metrics))
+    def _redraw(self) -> None:
+        with self._lock:
+            metrics = self._metrics()
+            if metrics == self._drawn:
+                return
+            self._drawn = metrics
+            self._figure.draw(metrics)
+            self._shown.update(_twin(metrics))
 
 
 def _twin(metrics: list[GenerationMetrics]) -> dict[str, str]:
@@ -60,7 +68,7 @@ def _twin(metrics: list[GenerationMetrics]) -> dict[str, str]:
 def show_dashboard() -> Dashboard:
     """Open the dashboard in the running cell, and close the one before."""
     rt = runtime()
-    if rt.dashboard is not None:
-        rt.dashboard.close()
-    rt.dashboard = made = Dashboard(rt)
-    return made
+    rt.close_shown("dashboard")
+    dashboard = Dashboard(rt)
+    rt.keep_shown("dashboard", dashboard)
+    return dashboard

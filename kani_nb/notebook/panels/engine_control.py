@@ -19,13 +19,23 @@ from kani_nb._secrets import without_secrets
 from kani_nb.config import EngineConfig
 from kani_nb.engines.base import LoadProgress
 from kani_nb.engines.registry import parse_spec
-from kani_nb.errors import DoesNotFitError, KaniNbError
+from kani_nb.errors import ConfigError, DoesNotFitError, KaniNbError, ModelFilesError
 from kani_nb.hardware.placement import parse_max_memory
 from kani_nb.hardware.schemes import find_scheme
 from kani_nb.load_preview import LoadPreview, ModelReading, read_model
 from kani_nb.notebook.holders import Watched, forget_tracebacks
 from kani_nb.notebook.load_words import Farewell, answering, outcome, unloaded
-from kani_nb.notebook.panels.engine_form import FormReading, Value, Values, field_of, fields_for, read_form, values_of
+from kani_nb.notebook.panels.engine_form import (
+    FormReading,
+    Value,
+    Values,
+    field_of,
+    fields_for,
+    read_form,
+    refusal_of,
+    values_of,
+    without_foreign_knobs,
+)
 from kani_nb.notebook.panels.engine_view import Busy, engines_view, model_words, plan_view
 from kani_nb.notebook.panels.latest import Latest
 from kani_nb.notebook.stat_line import seconds
@@ -57,6 +67,7 @@ class EngineControl:
         self._is_reading = False
         self._preview: LoadPreview | None = None
         self._preview_errors: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
         self._busy: Busy | None = None
         self._running: Future[None] | None = None
         self._said: dict[str, str] = {}
@@ -81,7 +92,16 @@ class EngineControl:
     def set_values(self, values: Mapping[str, Value]) -> None:
         """Take the controls as they are now. Shows the line and the mistakes at once, and the plan when it is made."""
         with self._lock:
-            self._values = dict(values)
+            kept = without_foreign_knobs(self._values, values)
+            if kept != self._values:
+                self._refused = {}
+                if self._said.get("kind") == "error":
+                    self._said = {}
+            for name, value in kept.items():
+                if value and (why := refusal_of(value)):
+                    # Not kept: it would be saved with the notebook.
+                    self._refused[name], kept[name] = why, None
+            self._values = kept
             self._form = read_form(self._values)
             self._preview_errors = {}
             config = self._form.config
@@ -92,6 +112,12 @@ class EngineControl:
     def refresh(self) -> None:
         """Plan again, for what is free now."""
         self.set_values(self._values)
+
+    def check_again(self) -> None:
+        """The same, and look again for a model that was not to be had."""
+        with self._lock:
+            self._forget_failures()
+        self.refresh()
 
     def wait(self, timeout_s: float = 30.0) -> bool:
         """Block until the plan is that of the controls; whether that came in time."""
@@ -117,11 +143,12 @@ class EngineControl:
             found: ModelReading | KaniNbError = read_model(config, cancelled=cancelled)
         except KaniNbError as error:
             found = error
+        except Exception as error:  # noqa: BLE001 - what is wrong with a model is said at its field
+            found = ModelFilesError(f"{config.model} could not be read", why=_in_words(error))
         if cancelled.is_set() or self._is_closed:
             return
         with self._lock:
-            # What was not to be had may be there the next time it is asked for.
-            self._readings = {name: each for name, each in self._readings.items() if isinstance(each, ModelReading)}
+            self._forget_failures()
             self._readings[key] = found
             self._is_reading = False
             now = self._form.config
@@ -129,15 +156,22 @@ class EngineControl:
             self._plan(now)
         self._publish()
 
+    def _forget_failures(self) -> None:
+        """What was not to be had may be there the next time it is asked for."""
+        self._readings = {name: each for name, each in self._readings.items() if isinstance(each, ModelReading)}
+
     def _make_preview(self, config: EngineConfig, reading: ModelReading) -> None:
-        preview = reading.preview(config, also_free=self._rt.given_back())
+        try:
+            preview = reading.preview(config, also_free=self._rt.given_back())
+        except Exception as error:  # noqa: BLE001 - without a plan, but not without a word
+            preview = LoadPreview(error=ConfigError("model: no plan could be made", why=_in_words(error)))
+        refusal = preview.error
         with self._lock:
             if self._form.config != config:
                 return  # a newer one is on its way
             self._preview = preview
-            error = preview.error
-            about = "" if error is None or isinstance(error, DoesNotFitError) else field_of(error)
-            self._preview_errors = {about: str(error)} if about else {}
+            about = "" if refusal is None or isinstance(refusal, DoesNotFitError) else field_of(refusal)
+            self._preview_errors = {about: str(refusal)} if about else {}
         self._publish()
 
     # -- what the buttons do ---------------------------------------------------------------------------------------
@@ -149,7 +183,7 @@ class EngineControl:
             if config is None or self._busy is not None:
                 return False
             self._busy, self._said = Busy(f"Loading {config.model}"), {}
-        self._running = self._rt.loop.submit(self._load(config))
+            self._running = self._rt.loop.submit(self._load(config))
         self._publish()
         return True
 
@@ -159,7 +193,7 @@ class EngineControl:
             if self._busy is not None:
                 return False
             self._busy, self._said = Busy(f"Unloading {name}", can_cancel=False), {}
-        self._running = self._rt.loop.submit(self._unload(name))
+            self._running = self._rt.loop.submit(self._unload(name))
         self._publish()
         return True
 
@@ -168,9 +202,9 @@ class EngineControl:
         with self._lock:
             if self._busy is None or not self._busy.can_cancel or self._running is None:
                 return False
-            self._busy = replace(self._busy, title="Cancelling", can_cancel=False)
+            self._busy, running = replace(self._busy, title="Cancelling", can_cancel=False), self._running
         self._publish()
-        return self._running.cancel()
+        return running.cancel()
 
     def close(self) -> None:
         """Let go of the runtime. A load goes on; nothing is shown any more. Safe to call twice."""
@@ -181,11 +215,12 @@ class EngineControl:
         self._planner.close()
 
     async def _load(self, config: EngineConfig) -> None:
-        assert self._busy is not None
-        forget_tracebacks(self._shell)  # what the frames of a failed cell hold, the load may need
-        watched = Watched(self._rt.engines.values())
-        started_at, ticking = self._busy.started_at, asyncio.ensure_future(self._tick())
+        started_at, ticking = time.monotonic(), asyncio.ensure_future(self._tick())
+        freed = self._rt.replaceable
+        before = self._rt.config_of(freed)
         try:
+            forget_tracebacks(self._shell)  # what the frames of a failed cell hold, the load may need
+            watched = Watched(self._rt.engines.values())
             loaded = await self._rt.load(config, progress=self._progress)
             words = outcome(loaded)
             took = words["note"] or f"loaded in {seconds(time.monotonic() - started_at)}"
@@ -194,11 +229,14 @@ class EngineControl:
             )
             self._end(line, remarks="\n".join(filter(None, (words["remarks"], await self._held(watched)))))
         except asyncio.CancelledError:
-            self._end(f"Cancelled: {config.model} was not loaded; what was downloaded is kept; {answering(self._rt)}")
+            is_freed = freed not in self._rt.engines and before is not None
+            back = f". {freed} was freed for it: {before.to_line()} brings it back" if is_freed and before else ""
+            said = f"Cancelled: {config.model} was not loaded; what was downloaded is kept; {answering(self._rt)}{back}"
+            self._end(without_secrets(said))
         except KaniNbError as error:
             self._end(str(error), is_error=True)
         except Exception as error:  # noqa: BLE001 - shown where the person looks; there is no cell for a traceback
-            self._end(f"{type(error).__name__}: {error}", is_error=True)
+            self._end(_in_words(error), is_error=True)
         finally:
             ticking.cancel()
 
@@ -208,8 +246,12 @@ class EngineControl:
             forget_tracebacks(self._shell)
             report = await self._rt.unload(name)
             self._end(unloaded(report), remarks=await asyncio.to_thread(farewell.left, self._shell))
+        except asyncio.CancelledError:
+            self._end(f"Unloading {name} was cut off; {answering(self._rt)}", is_error=True)
         except KaniNbError as error:
             self._end(str(error), is_error=True)
+        except Exception as error:  # noqa: BLE001 - as for a load
+            self._end(_in_words(error), is_error=True)
 
     async def _held(self, watched: Watched) -> str:
         """What of the engines that were freed for a load is held, and by whom."""
@@ -244,16 +286,30 @@ class EngineControl:
         reading = self._reading_of(config)
         return {
             "line": without_secrets(config.to_line()) if config is not None else "",
-            "errors": {**self._form.errors, **self._preview_errors},
+            "errors": {**self._form.errors, **self._preview_errors, **self._refused},
             "shown": sorted(self._shown_fields(model)),
             "model": {**model_words(reading), "is_reading": self._is_reading},
-            "plan": plan_view(self._preview) if self._preview is not None else None,
+            "plan": self._plan_view(config, reading),
             "blocks": list(reading.shape.blocks) if reading is not None and reading.shape is not None else [],
             "limits": self._limits(),
             "busy": self._busy.to_dict() if self._busy is not None else None,
             "said": dict(self._said),
-            "engines": self._engines(),
+            "frees": self._frees(config),
+            "engines": engines_view(self._rt.engines, self._rt.engine_name),
         }
+
+    def _plan_view(self, config: EngineConfig | None, reading: ModelReading | None) -> dict[str, Any] | None:
+        if self._preview is None:
+            return None
+        context_tokens = config.max_context_size if config is not None else None
+        window_tokens = reading.window_tokens if reading is not None else None
+        return plan_view(self._preview, context_tokens=context_tokens, window_tokens=window_tokens)
+
+    def _frees(self, config: EngineConfig | None) -> str:
+        """What Load would take away first."""
+        name = self._rt.replaceable
+        known = [self._rt.config_of(each) for each in self._rt.engines]
+        return f"Load frees {name} first." if name and config is not None and config not in known else ""
 
     def _reading_of(self, config: EngineConfig | None) -> ModelReading | None:
         if config is None:
@@ -278,8 +334,7 @@ class EngineControl:
         except KaniNbError:
             return {}
 
-    def _engines(self) -> list[dict[str, Any]]:
-        engines = self._rt.engines
-        configs = {name: self._rt.config_of(name) for name in engines}
-        lines = {name: config.to_line() for name, config in configs.items() if config is not None}
-        return engines_view(engines, self._rt.engine_name, lines)
+
+def _in_words(error: Exception) -> str:
+    """An error that nobody thought of: its class, and what it says without secrets."""
+    return without_secrets(f"{type(error).__name__}: {str(error)[:300]}")

@@ -13,6 +13,7 @@ from typing import Any
 from kani_nb.config import EngineConfig, config_from_args
 from kani_nb.errors import ConfigError, KaniNbError
 from kani_nb.generation_params import GenerationParams
+from kani_nb.hardware.schemes import find_scheme
 from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.options import LOAD_OPTIONS, Option
 from kani_nb.quantization import Quantization
@@ -47,7 +48,7 @@ _LABELS = {
     "llm_int8_threshold": "Outlier threshold",
     "llm_int8_skip_modules": "Modules to leave",
     "llm_int8_has_fp16_weight": "Keep 16-bit weights",
-    "llm_int8_enable_fp32_cpu_offload": "Leave the CPU's unquantized",
+    "llm_int8_enable_fp32_cpu_offload": "Leave the CPU's part unquantized",
     "cache_quantized": "Keep a quantized copy",
     "device": "Device",
     "device_map": "Device map",
@@ -160,16 +161,19 @@ def read_form(values: Mapping[str, Value]) -> FormReading:
     """The configuration that the controls describe, or what is wrong, by control."""
     given: dict[str, Any] = {"model": str(values.get("model") or "")}
     errors: dict[str, str] = {}
-    try:
-        refuse_secrets(given["model"], "panel")
-    except ConfigError as error:
-        return FormReading(None, {"model": str(error)})
+    if refusal := refusal_of(given["model"]):
+        return FormReading(None, {"model": refusal})
+    if not given["model"].strip():
+        errors["model"] = "no model was named: type an alias, org/model, a folder, FILE.gguf or a server's address"
+        given["model"] = _DEFAULT.model  # so that what else is wrong is told too
     for option in LOAD_OPTIONS:
         value = values.get(option.dest)
-        if value is None or value == "" or value == []:
+        if value is None or value == "" or (isinstance(value, list) and not any(value)):
+            continue
+        if refusal := refusal_of(value):
+            errors[option.dest] = refusal
             continue
         try:
-            refuse_secrets("\n".join(value) if isinstance(value, list) else str(value), "panel")
             given[option.dest] = _read(option, value)
         except ValueError:
             kind = "a whole number" if option.type is int else "a number"
@@ -183,14 +187,38 @@ def read_form(values: Mapping[str, Value]) -> FormReading:
     return FormReading(config_from_args(given), {})
 
 
+def refusal_of(value: Value) -> str:
+    """Why a control may not hold `value`: a token, a password; empty where it may."""
+    try:
+        refuse_secrets("\n".join(map(str, value)) if isinstance(value, list) else str(value), "panel")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def without_foreign_knobs(before: Mapping[str, Value], values: Mapping[str, Value]) -> Values:
+    """`values`, and where they choose another scheme, without the settings that only the one before had."""
+    kept = dict(values)
+    if values.get("scheme") == before.get("scheme"):
+        return kept
+    try:
+        knobs = find_scheme(str(values.get("scheme") or "none")).knobs
+    except KaniNbError:
+        return kept
+    for name in _SETTINGS - set(knobs):
+        if values.get(name) == before.get(name):
+            kept[name] = _UNSET[name]
+    return kept
+
+
 def _read(option: Option, value: Value) -> Any:
     if option.type is bool:
         if not isinstance(value, bool):
             raise ConfigError(f"{option.dest} is {value!r}", why="it must be true or false")
         return value
     if option.is_repeated:
-        given = value if isinstance(value, list) else [str(value)]
-        return tuple(option.type(each) for each in given if each != "")
+        given = value if isinstance(value, list) else [value]
+        return tuple(option.type(str(each)) for each in given if each != "")
     return option.type(str(value))
 
 
@@ -226,10 +254,13 @@ def field_of(error: KaniNbError, names: Iterable[str] = _BY_NAME) -> str:
 _SYNONYMS = {"scheme": ("--quant", "quantization"), "device_map": ("the device map",)}
 
 
+_SETTINGS = {option.dest for option in LOAD_OPTIONS if option.of == "quantization"} - {"scheme"}
+_UNSET = values_of(_DEFAULT)
+
+
 def fields_for(engine: str, knobs: Iterable[str]) -> set[str]:
     """The controls that mean something for an engine, and for a scheme with these knobs."""
-    settings = {option.dest for option in LOAD_OPTIONS if option.of == "quantization"} - {"scheme"}
     generation = {option.dest for option in LOAD_OPTIONS if option.of == "generation"}
     if engine in ("hf", "llama2"):
-        return {"model", *_BY_NAME} - (settings - set(knobs))
+        return {"model", *_BY_NAME} - (_SETTINGS - set(knobs))
     return (_LLAMA_CPP if engine == "llamacpp" else _SERVED) | generation

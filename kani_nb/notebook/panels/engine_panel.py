@@ -17,7 +17,8 @@ from kani_nb.notebook.panels.engine_control import EngineControl
 from kani_nb.notebook.panels.engine_form import sections, values_of
 from kani_nb.notebook.panels.latest import Latest
 from kani_nb.notebook.panels.model_choices import known_choices, list_choices
-from kani_nb.notebook.panels.showing import ShownPanel
+from kani_nb.notebook.panels.showing import ShownPanel, keep_shown
+from kani_nb.notebook.secrets import refuse_secrets
 from kani_nb.notebook.theme import style_tag
 
 _STATIC = Path(__file__).parents[2] / "static"
@@ -32,6 +33,9 @@ class EnginePanel(anywidget.AnyWidget):
         config: what the controls say at first: a configuration, a `%load_engine` line, or a model's name.
         rt: whose engines they are; the process's own runtime by default.
 
+    Raises:
+        ConfigError: the line cannot be read, or holds a token or a password.
+
     Attributes:
         values: by the option's name: text, a list of texts, true or false; None is the default.
         view: what is shown, JSON-safe.
@@ -45,12 +49,13 @@ class EnginePanel(anywidget.AnyWidget):
 
     def __init__(self, config: EngineConfig | str | None = None, *, rt: Runtime | None = None) -> None:
         chosen = config if isinstance(config, EngineConfig) else parse_config(config or "smollm2")
+        refuse_secrets(chosen.to_line(), "panel")
         super().__init__(values=values_of(chosen), controls={"sections": sections(), **known_choices()})
         # Sizes of what lies on the disk take their time.
         self._looker = Latest("kani-nb-panel-look")
         self._looker.submit(self._look_around)
         self._control = EngineControl(rt or runtime(), self._show, chosen, get_ipython())
-        self.observe(lambda change: self._control.set_values(change["new"]), "values")
+        self.observe(lambda _change: self._take_values(), "values")
         self.on_msg(lambda _widget, content, _buffers: self._do(content))
 
     @property
@@ -98,8 +103,13 @@ class EnginePanel(anywidget.AnyWidget):
 
     def close(self) -> None:
         """Take the panel away; what it loaded stays."""
+        self._looker.close()
         self._control.close()
         super().close()
+
+    def _take_values(self) -> None:
+        self._control.set_values(self.values)
+        self.values = self._control.values  # without what may not stay
 
     def _look_around(self) -> None:
         self.controls = {"sections": sections(), **list_choices()}
@@ -119,7 +129,7 @@ class EnginePanel(anywidget.AnyWidget):
         elif kind == "unload":
             self.unload(str(content.get("name")))
         elif kind == "refresh":
-            self._control.refresh()
+            self._control.check_again()
         else:
             answer = {**answer, "kind": "error", "why": f"{kind!r} is nothing that the panel does"}
         self.send(answer)
@@ -133,6 +143,7 @@ def show_engine_panel(line: str = "") -> EnginePanel:
     """
     panel = EnginePanel(line.strip() or None)
     panel.shown = ShownPanel(panel, _twin(panel))
+    keep_shown("engine panel", panel)
     return panel
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from kani_nb._amounts import in_words
 from kani_nb.engines.base import BaseEngine, LoadProgress
-from kani_nb.errors import DoesNotFitError
 from kani_nb.hardware.plans import Budget, PlanRow, Share
 from kani_nb.load_preview import LoadPreview, ModelReading
 from kani_nb.notebook.stat_line import places_in_words, seconds
@@ -59,8 +58,16 @@ def model_words(reading: ModelReading | None) -> dict[str, Any]:
     return {"title": reading.title, "window": reading.window_tokens, "note": reading.note}
 
 
-def plan_view(preview: LoadPreview) -> dict[str, Any]:
-    """The plan as a bar for each device, and its verdict in a sentence."""
+def plan_view(
+    preview: LoadPreview, *, context_tokens: int | None = None, window_tokens: int | None = None
+) -> dict[str, Any]:
+    """The plan as a bar for each device, and its verdict in a sentence.
+
+    Args:
+        preview: what a load would take.
+        context_tokens: the context that was asked for; None where none was.
+        window_tokens: the longest that the model has.
+    """
     row = preview.row
     shares = {share.device: share for share in (row.shares if row is not None else ())}
     is_refused = preview.error is not None
@@ -71,17 +78,26 @@ def plan_view(preview: LoadPreview) -> dict[str, Any]:
         "devices": devices,
         "fits": None if row is None else not is_refused,
         "verdict": _verdict(preview),
-        "fix": preview.error.fix if isinstance(preview.error, DoesNotFitError) else "",
-        "notes": list(dict.fromkeys(preview.notes)),
+        "fix": preview.error.fix if preview.error is not None else "",
+        "notes": list(dict.fromkeys((*preview.notes, *_counted(row, context_tokens, window_tokens)))),
         "speed": _speed(row),
         "map": dict(row.device_map) if row is not None else {},
     }
 
 
+def _counted(row: PlanRow | None, context_tokens: int | None, window_tokens: int | None) -> list[str]:
+    if row is None or context_tokens is not None or not window_tokens or window_tokens <= row.context_tokens:
+        return []
+    asked = "since no context length is set; the engine takes up to"
+    return [
+        f"The KV cache is counted for {row.context_tokens:,} tokens, {asked} {window_tokens:,}, and then needs more."
+    ]
+
+
 def _shown(budgets: Sequence[Budget], shares: Mapping[str, Share]) -> list[Budget]:
     known = {budget.name for budget in budgets}
     more = [
-        Budget(name=name, description="the disk", total_bytes=share.peak_bytes, usable_bytes=share.peak_bytes)
+        Budget(name=name, description="", total_bytes=share.peak_bytes, usable_bytes=share.peak_bytes)
         for name, share in shares.items()
         if name not in known
     ]
@@ -104,6 +120,8 @@ def _bar(budget: Budget, share: Share | None) -> dict[str, Any]:
 
 
 def _bar_words(budget: Budget, parts: Mapping[str, int]) -> str:
+    if budget.name == "disk":
+        return f"{in_words(parts['weights'])} weights"
     taken = sum(parts.values())
     free = budget.usable_bytes - taken
     end = f"{in_words(free)} free" if free >= 0 else f"{in_words(-free)} too much"
@@ -143,7 +161,7 @@ def _speed(row: PlanRow | None) -> str:
     return f"at most {row.ceiling_tokens_per_s:,.0f} tokens a second, by the memory's bandwidth"
 
 
-def engines_view(engines: Mapping[str, BaseEngine], current: str, lines: Mapping[str, str]) -> list[dict[str, Any]]:
+def engines_view(engines: Mapping[str, BaseEngine], current: str) -> list[dict[str, Any]]:
     """The engines that are loaded: name, what they hold, and which answers."""
     found = []
     for name, engine in engines.items():
@@ -152,7 +170,6 @@ def engines_view(engines: Mapping[str, BaseEngine], current: str, lines: Mapping
             {
                 "name": name,
                 "holds": places_in_words(memory) if memory is not None else "",
-                "line": lines.get(name, ""),
                 "is_current": name == current,
             }
         )

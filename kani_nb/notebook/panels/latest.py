@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 
@@ -44,16 +45,17 @@ class Latest:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    if self._pause_s and self._waiting is not None:
-                        self._changed.wait_for(lambda: self._is_closed, self._pause_s)
-                    job, self._waiting = self._waiting, None
-                    if job is None:
-                        return
-                job()
-        finally:
+        while True:
             with self._changed:
-                self._is_running = False
-                self._changed.notify_all()
+                if self._pause_s and self._waiting is not None:
+                    self._changed.wait_for(lambda: self._is_closed, self._pause_s)
+                job, self._waiting = self._waiting, None
+                if job is None:
+                    # Not later: a job submitted in between would find nobody to do it.
+                    self._is_running = False
+                    self._changed.notify_all()
+                    return
+            try:
+                job()
+            except Exception:  # noqa: BLE001 - the next one is done all the same
+                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def known_choices() -> dict[str, Any]:
 
 
 def list_choices(folder: Path | None = None) -> dict[str, Any]:
-    """`{"models": [{"name", "group", "about"}, ...], "schemes": [{"name", "about", "knobs"}, ...]}`, JSON-safe.
+    """`{"models": [{"name", "about"}, ...], "schemes": [{"name", "about"}, ...]}`, JSON-safe.
 
     Args:
         folder: whose models are offered as local ones; the working folder by default.
@@ -31,23 +32,19 @@ def list_choices(folder: Path | None = None) -> dict[str, Any]:
 
 
 def _schemes() -> list[dict[str, Any]]:
-    return [
-        {"name": each.name, "about": each.summary, "knobs": sorted(each.knobs)}
-        for each in our_schemes()
-        if each.engine == "hf"
-    ]
+    return [{"name": each.name, "about": each.summary} for each in our_schemes() if each.engine == "hf"]
 
 
 def _aliases() -> list[dict[str, str]]:
     return [
-        _choice(each.name, "Known models", f"{each.repo}, {count_of_parameters(each.parameters)} parameters")
+        _choice(each.name, f"{each.repo}, {count_of_parameters(each.parameters)} parameters")
         for each in ALIASES.values()
     ]
 
 
 def _cached() -> list[dict[str, str]]:
     return [
-        _choice(each.name, "On this disk", _about(each.folder, each.size_bytes))
+        _choice(each.name, f"on this disk, {_about(each.folder, each.size_bytes)}")
         for each in cached_models()
         if each.name not in ALIASES
     ]
@@ -55,28 +52,34 @@ def _cached() -> list[dict[str, str]]:
 
 def _local(folder: Path) -> list[dict[str, str]]:
     found = []
-    try:
-        entries = sorted(folder.iterdir())[:_MOST_ENTRIES]
-    except OSError:
-        return []
-    for path in entries:
-        if path.suffix.lower() == ".gguf" and path.is_file():
-            found.append(_choice(f"./{path.name}", "In this folder", f"GGUF, {in_words(path.stat().st_size)}"))
-        elif (path / "config.json").is_file():
-            size = sum(each.stat().st_size for each in path.iterdir() if each.is_file())
-            found.append(_choice(f"./{path.name}", "In this folder", _about(path, size)))
+    with suppress(OSError):
+        for path in sorted(folder.iterdir())[:_MOST_ENTRIES]:
+            with suppress(OSError):  # one that cannot be read hides no other
+                about = _of_path(path)
+                found += [_choice(f"./{path.name}", f"in this folder, {about}")] if about else []
     return found
+
+
+def _of_path(path: Path) -> str:
+    """What a file or a folder holds; empty where that is no model."""
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return f"GGUF, {in_words(path.stat().st_size)}"
+    if not (path / "config.json").is_file():
+        return ""
+    return _about(path, sum(each.stat().st_size for each in path.iterdir() if each.is_file()))
 
 
 def _about(folder: Path, size_bytes: int) -> str:
     """The architecture and the size, as far as the configuration says."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        architecture = str((config.get("architectures") or [config.get("model_type", "")])[0])
-    except (OSError, ValueError, AttributeError, IndexError):
-        architecture = ""
+    except (OSError, ValueError):
+        config = None
+    given = config.get("architectures") or config.get("model_type") if isinstance(config, dict) else None
+    first = given[0] if isinstance(given, list) and given else given
+    architecture = first if isinstance(first, str) else ""
     return ", ".join(each for each in (architecture, in_words(size_bytes)) if each)
 
 
-def _choice(name: str, group: str, about: str) -> dict[str, str]:
-    return {"name": name, "group": group, "about": about}
+def _choice(name: str, about: str) -> dict[str, str]:
+    return {"name": name, "about": about}

@@ -5,31 +5,33 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from kani_nb.conversation.tools import WorkerHost
+from kani_nb.conversation.tools import APPROVAL_CHOICES, WorkerHost
+from kani_nb.conversation.tree import new_id
 
 
 class PaneHost(WorkerHost):
     """Asks in the pane, and waits for a press of a button; a Stop that cancels the round ends the question too.
 
     Args:
-        show: takes the question, and an empty text when it is answered. On the loop's thread.
+        show: takes the question as `{"id", "text"}`, and an empty record when it is answered. On the loop's thread.
     """
 
-    def __init__(self, show: Callable[[str], None]) -> None:
+    def __init__(self, show: Callable[[dict[str, str]], None]) -> None:
         self._show = show
+        self._asked = ""
         self._answer: asyncio.Future[str] | None = None
 
     async def ask(self, question: str) -> str:
         """See `Host.ask`."""
-        self._answer = asyncio.get_running_loop().create_future()
-        self._show(question)
+        self._asked, self._answer = new_id(), asyncio.get_running_loop().create_future()
+        self._show({"id": self._asked, "text": question.removesuffix(APPROVAL_CHOICES).rstrip()})
         try:
             return await self._answer
         finally:
             self._answer = None
-            self._show("")
+            self._show({})
 
-    def answer(self, text: str) -> None:
-        """What was pressed. On the loop's thread; without a question it is nothing."""
-        if self._answer is not None and not self._answer.done():
+    def answer(self, question_id: str, text: str) -> None:
+        """What was pressed; nothing where another question stands there by now. On the loop's thread."""
+        if question_id == self._asked and self._answer is not None and not self._answer.done():
             self._answer.set_result(text)

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from IPython import get_ipython
+
+from kani_nb._runtime import Closeable, runtime
 from kani_nb.errors import ConfigError
-from kani_nb.notebook.shell import can_ask, front_end
+from kani_nb.notebook.shell import can_ask, cell_ref, front_end
 from kani_nb.notebook.surface import SurfaceKind, surface_kind
 
 #: Hides what stands just before our twin (the dead line of a widget) where no panel lives, and the twin where one does.
@@ -47,6 +50,12 @@ class ShownPanel:
         """Replace the twin."""
         if self._handle is not None:
             self._handle.update(_marked(twin), raw=True)
+
+
+def keep_shown(what: str, panel: Closeable) -> None:
+    """Close what the running cell showed the last time it ran: it is seen no more, and would follow all the same."""
+    cell = cell_ref(get_ipython())
+    runtime().keep_shown(f"{what} in {cell.cell_id or cell.execution_id}", panel)
 
 
 def can_show_panel(shell: Any) -> bool:
