@@ -28,9 +28,18 @@ def stamp(js: Path) -> str:
 
 
 def is_fresh(root: Path) -> bool:
-    """Whether the committed bundles were built from the sources beside them."""
-    kept = root / "kani_nb" / "static" / "sources.sha256"
-    return kept.is_file() and kept.read_text(encoding="ascii").strip() == stamp(root / "js")
+    """Whether the committed bundles were built from the sources beside them, and are as they were built."""
+    static = root / "kani_nb" / "static"
+    kept = static / "sources.sha256"
+    if not kept.is_file():
+        return False
+    stamps = {name: digest for digest, name in (line.split() for line in kept.read_text(encoding="ascii").splitlines())}
+    built_from = stamps.pop("sources", "")
+    return built_from == stamp(root / "js") and all(_is(static / name, digest) for name, digest in stamps.items())
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
 
 class FrontEndHook(BuildHookInterface):  # type: ignore[type-arg]

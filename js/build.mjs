@@ -56,6 +56,9 @@ if (process.argv.includes("--watch")) {
   await (await esbuild.context(options)).watch();
 } else {
   const { metafile } = await esbuild.build(options);
-  writeFileSync(join(out, "sources.sha256"), `${stamp()}\n`);
+  // As sha256sum writes it: first what the bundles were built from, then what they are.
+  const bundles = entries.map((name) => name.replace(/\.ts$/, ".js")).sort();
+  const lines = bundles.map((name) => `${createHash("sha256").update(readFileSync(join(out, name))).digest("hex")}  ${name}`);
+  writeFileSync(join(out, "sources.sha256"), [`${stamp()}  sources`, ...lines, ""].join("\n"));
   for (const [name, { bytes }] of Object.entries(metafile.outputs)) console.log(`${name} ${(bytes / 1024).toFixed(1)} KB`);
 }

@@ -50,11 +50,6 @@ export function stageOf(status: string): string {
   return status.replace(/,?\s\d.*$/s, "");
 }
 
-/** Keep keys from the notebook, which has shortcuts of its own for buttons and sliders too; but for saving. */
-export function keepKeys(event: KeyboardEvent): void {
-  if (!((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "s")) event.stopPropagation();
-}
-
 function append(node: Element, children: Child[]): void {
   for (const child of children) if (child) node.append(child);
 }

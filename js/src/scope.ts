@@ -15,7 +15,7 @@ export class Scope {
 
   /** Listen to a node for as long as the scope lasts. */
   listen<Type extends keyof HTMLElementEventMap>(
-    target: HTMLElement | Document,
+    target: HTMLElement | Document | Window,
     type: Type,
     listener: (event: HTMLElementEventMap[Type]) => void,
     options: AddEventListenerOptions = {},

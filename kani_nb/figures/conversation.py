@@ -26,6 +26,7 @@ _FREE_IN_SCALE = 3.0
 
 # Middle tones that stand out from white and near-black, told apart by the colour-blind too (after Okabe and Ito).
 _GREY, _BLUE, _ORANGE, _GREEN, _PINK, _SKY = "#8a8f98", "#2f86c8", "#d9822b", "#1f9e78", "#c26fa0", "#63b3dd"
+_GOLD = "#a58d00"
 
 
 def conversation_figure(metrics: Sequence[GenerationMetrics], *, for_colab: bool = False) -> FigureBundle:
@@ -126,7 +127,7 @@ def _svg(points: Points, summary: str) -> str:
         "latency, ms",
         [],
         [
-            svg.Line("first text", _values(points, lambda each: _ms(each.ttft_s)), _ORANGE),
+            svg.Line("first text", _values(points, lambda each: _ms(each.ttft_s)), _GOLD),
             svg.Line("per token", _values(points, lambda each: _ms(each.tpot_s)), _PINK),
         ],
         titles,
@@ -158,7 +159,12 @@ def _plotly(points: Points) -> dict[str, Any]:
             "xaxis": f"x{axes[0].strip('1')}",
             "yaxis": f"y{axes[1].strip('1')}",
         }
-        return {**common, "hovertemplate": hover, **_look(colour, more.pop("kind", "scatter")), **more}
+        return {
+            **common,
+            "hovertemplate": hover,
+            **_look(colour, more.pop("kind", "scatter"), more.pop("symbol", "circle")),
+            **more,
+        }
 
     memory = [
         trace("weights", _values(points, lambda each: _gib(each.weight_bytes)), _GREY, "GiB", "11", kind="bar"),
@@ -179,8 +185,8 @@ def _plotly(points: Points) -> dict[str, Any]:
             "cached", _values(points, lambda each: each.cached_tokens), _SKY, "tokens", "22", kind="bar", opacity=0.45
         ),
         trace("computed", _values(points, _computed), _BLUE, "tokens", "22", kind="bar", opacity=0.45),
-        trace("first text", _values(points, lambda each: _ms(each.ttft_s)), _ORANGE, "ms", "23"),
-        trace("per token", _values(points, lambda each: _ms(each.tpot_s)), _PINK, "ms", "23"),
+        trace("first text", _values(points, lambda each: _ms(each.ttft_s)), _GOLD, "ms", "23", symbol="diamond"),
+        trace("per token", _values(points, lambda each: _ms(each.tpot_s)), _PINK, "ms", "23", symbol="square"),
     ]
     # The turn's name is said once per panel, by a trace that is always there.
     for first in (memory[2], latency[2]):
@@ -194,11 +200,16 @@ def _plotly(points: Points) -> dict[str, Any]:
     }
 
 
-def _look(colour: str, kind: str) -> dict[str, Any]:
+def _look(colour: str, kind: str, symbol: str) -> dict[str, Any]:
     if kind == "bar":
         return {"type": "bar", "marker": {"color": colour}}
     line = {"color": colour, "width": 2, **({"dash": "dash"} if kind == "dashed" else {})}
-    return {"type": "scatter", "mode": "lines+markers", "line": line, "marker": {"color": colour, "size": 5}}
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "line": line,
+        "marker": {"color": colour, "size": 6, "symbol": symbol},
+    }
 
 
 def _decades(points: Points) -> tuple[int, int]:
@@ -217,12 +228,14 @@ def _layout(points: Points) -> dict[str, Any]:
         **AXIS,
         "showgrid": False,
         "range": [0.4, max(last, _FEWEST_SLOTS) + 0.6],
-        **({"dtick": 1} if last <= 15 else {}),
+        "title": {"text": "answer", "standoff": 2},
+        # Where there is room for it, a number for each answer, and none for those that are not there yet.
+        **({"tickmode": "array", "tickvals": [position for position, _ in points]} if last <= 15 else {}),
     }
     return {
         **LAYOUT,
-        "height": 220,
-        "margin": {"l": 50, "r": 50, "t": 36, "b": 24},
+        "height": 236,
+        "margin": {"l": 50, "r": 50, "t": 36, "b": 40},
         "hovermode": "x unified",
         "legend": {"orientation": "h", "traceorder": "normal", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "xaxis": {**across, "domain": [0, 0.45], "anchor": "y"},

@@ -30,6 +30,8 @@ class LiveFigure:
         figure = conversation_json(metrics)
         layout = {**figure["layout"], "template": None, "height": _HEIGHT}
         self.widget: Any = go.FigureWidget(data=figure["data"], layout=layout)
+        # Its buttons would lie over the legend.
+        self.widget._config = {**self.widget._config, "displayModeBar": False}
 
     def draw(self, metrics: Sequence[GenerationMetrics]) -> None:
         """Show these answers instead."""
@@ -41,7 +43,7 @@ class LiveFigure:
                 if "customdata" in new:
                     trace.customdata = new["customdata"]
             for axis in ("xaxis", "xaxis2", "yaxis3"):
-                for name in ("range", "dtick"):
+                for name in ("range", "dtick", "tickmode", "tickvals"):
                     self.widget.layout[axis][name] = figure["layout"][axis].get(name)
 
     def close(self) -> None:

@@ -11,6 +11,8 @@ from kani_nb.notebook.render import showable
 from kani_nb.notebook.theme import style_tag
 
 _SHEET = """
+.kani-nb:has(>.kani-nb-grid){max-width:none}
+.kani-nb:has(>.kani-nb-grid)>:not(.kani-nb-grid){max-width:60em}
 .kani-nb table.kani-nb-grid{font-size:12.5px;line-height:1.35;font-variant-numeric:tabular-nums;margin:6px 0;
  width:fit-content;max-width:100%;overflow-x:auto}
 .kani-nb .kani-nb-grid :is(th,td){border:0;border-bottom:1px solid var(--kn-line);padding:3px 6px;white-space:nowrap}

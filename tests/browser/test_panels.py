@@ -162,6 +162,67 @@ def test_a_pane_whose_kernel_was_restarted_says_so_and_offers_a_cell_that_resume
     browser.assert_quiet()
 
 
+def test_keys_that_are_pressed_in_a_panel_stay_in_it(server: JupyterServer, browser: Chromium):
+    notebook, pane = open_pane(server, browser, "keys.ipynb", "%engine panel smollm2")
+    notebook.run(2)
+    page = notebook.page
+    engine, chat = (page.get_by_role("region", name=name, exact=True) for name in ("Engine", "Chat"))
+    engine.get_by_role("button", name="Check again").wait_for()
+    pane.ask("hello")
+    pane.wait_for_turns(1)
+    before = page.evaluate("kn.panel().content.model.sharedModel.cells.map((cell) => cell.id)")
+    places = [
+        engine.get_by_label("Scheme"),
+        engine.get_by_role("button", name="Check again"),
+        engine.get_by_label("Allow offloading"),
+        engine.get_by_label("Model"),
+        chat.get_by_role("button", name="Settings"),
+        chat.get_by_role("button", name="Retry turn 1"),
+        page.locator(".kn-log"),
+        pane.box,
+    ]
+    for place in places:
+        place.focus()
+        for key in ("b", "x", "d", "d", "ArrowDown", "Shift+m"):
+            page.keyboard.press(key)
+        assert place.evaluate("(node) => node === document.activeElement"), f"{place} lost the focus"
+    assert page.evaluate("kn.panel().content.model.sharedModel.cells.map((cell) => cell.id)") == before
+    notebook.wait_for(lambda: page.evaluate("kn.panel().context.model.dirty"))
+    pane.box.press("Control+s")
+    notebook.wait_for(lambda: not page.evaluate("kn.panel().context.model.dirty"))
+    engine.get_by_label("Model").fill("smollm2")
+    engine.get_by_label("Model").press("Shift+Enter")
+    slider = engine.get_by_label("Context length").last
+    page.wait_for_selector(".kn-verdict >> text=Fits", timeout=60_000)
+    slider.focus()
+    for _ in range(8):
+        page.keyboard.press("ArrowLeft")
+    notebook.wait_for(lambda: "--max-context-size=2048" in engine.inner_text())
+    assert slider.get_attribute("aria-valuetext") == "2,048 tokens"
+    browser.assert_quiet()
+
+
+def test_the_pane_stands_at_its_end_when_an_answer_has_ended(server: JupyterServer, browser: Chromium):
+    notebook, pane = open_pane(server, browser, "end.ipynb", delay=0.01)
+    page = notebook.page
+    log = page.locator(".kn-log")
+    page.locator(".kn-title").wait_for()
+    assert log.bounding_box()["y"] > page.locator(".kn-head").bounding_box()["y"] + 20, (
+        "an empty pane lies over its head"
+    )
+    distance = "(node) => node.scrollHeight - node.scrollTop - node.clientHeight"
+    for number, lines in enumerate((3, 40, 60, 4), 1):
+        pane.ask("\n\n".join(f"line {line}" for line in range(lines)))
+        pane.wait_for_turns(number)
+        page.wait_for_timeout(800)
+        assert log.evaluate(distance) < 5, f"after turn {number}"
+    log.evaluate("(node) => { node.scrollTop = 100 }")
+    page.wait_for_timeout(100)
+    pane.ask("who scrolled up")
+    page.wait_for_timeout(300)
+    assert log.evaluate(distance) < 5, "what one asks is seen"
+
+
 def test_what_stands_in_the_transcript_is_accessible_in_both_themes(server: JupyterServer, browser: Chromium):
     cells = ["%%chat\nsome `code`, and\n\n| a | b |\n|---|---|\n| 1 | 2 |", "%engine dashboard", "%engine plan smollm2"]
     server.write(

@@ -38,6 +38,20 @@ def test_the_committed_bundles_are_those_of_the_sources():
     assert load_hook().is_fresh(ROOT), "npm --prefix js run build"
 
 
+@pytest.mark.parametrize("name", [*BUNDLES, "sources.sha256"])
+@pytest.mark.parametrize("damage", ["missing", "edited by hand"])
+def test_a_bundle_that_is_not_as_it_was_built_is_not_fresh(tmp_path, name, damage):
+    for folder in ("js", "kani_nb/static"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("node_modules"))
+    assert load_hook().is_fresh(tmp_path)
+    path = tmp_path / "kani_nb" / "static" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_text(path.read_text(encoding="utf-8").replace("a", "b", 1), encoding="utf-8")
+    assert not load_hook().is_fresh(tmp_path)
+
+
 def test_each_widget_is_one_small_module_of_its_own():
     assert {path.name for path in STATIC.glob("*.js")} == set(BUNDLES)
     for name, most in BUNDLES.items():
@@ -52,7 +66,7 @@ def test_only_what_is_sanitised_is_ever_markup():
     for name in ("strip.js", "engine_panel.js"):
         assert "innerHTML" not in (STATIC / name).read_text(encoding="utf-8"), name
     ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "js" / "src").rglob("*.ts"))
-    assert not re.search(r"innerHTML|outerHTML", ours)
+    assert not re.search(r"innerHTML|outerHTML|DOMParser|createContextualFragment|srcdoc|setHTML", ours)
 
 
 @needs_npm
@@ -111,7 +125,8 @@ def test_a_stale_bundle_is_rebuilt_where_npm_is(project):
     code = (
         f"root = pathlib.Path({str(project)!r})\nsys.path.insert(0, str(root))\nfrom hatch_build import stamp\n"
         "print(sys.argv[1:])\n"
-        "if sys.argv[1] == 'run': (root / 'kani_nb/static/sources.sha256').write_text(stamp(root / 'js'))\n"
+        "stamped = root / 'kani_nb/static/sources.sha256'\n"
+        "if sys.argv[1] == 'run': stamped.write_text(stamp(root / 'js') + '  sources')\n"
     )
     done = run_hook(project, fake_npm(project, code))
     assert done.stdout.splitlines()[-1] == "fresh", done.stderr
@@ -120,7 +135,7 @@ def test_a_stale_bundle_is_rebuilt_where_npm_is(project):
 
 
 def test_a_stale_bundle_is_taken_where_nothing_can_build_it_with_a_warning(project):
-    (project / "kani_nb" / "static" / "sources.sha256").write_text("old")
+    (project / "kani_nb" / "static" / "sources.sha256").write_text("old  sources")
     done = run_hook(project, "/nonexistent")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "stale")
     assert "warning: kani_nb: the committed front end is older than js/" in done.stdout
@@ -132,7 +147,7 @@ def test_a_stale_bundle_is_taken_where_nothing_can_build_it_with_a_warning(proje
 @pytest.mark.parametrize("mode", ["auto", "build"])
 def test_no_bundle_and_no_way_to_build_one_is_one_clear_error(project, mode):
     if mode == "build":
-        (project / "kani_nb" / "static" / "sources.sha256").write_text("old")
+        (project / "kani_nb" / "static" / "sources.sha256").write_text("old  sources")
     done = run_hook(project, "/nonexistent", mode)
     assert done.returncode != 0
     assert "RuntimeError: kani_nb/static cannot be built from js/: npm was not found" in done.stderr

@@ -6,7 +6,8 @@ import { ChatList, Settings } from "../chat/drawers";
 import { Log } from "../chat/log";
 import type { Actions } from "../chat/turn_view";
 import type { Chat, Delta, State, Turn } from "../chat/types";
-import { assign, element, keepKeys, say } from "../dom";
+import { assign, element, say } from "../dom";
+import { keepKeys } from "../keys";
 import type { Context } from "../model";
 import { type Answer, Requests } from "../requests";
 import { Scope } from "../scope";
@@ -106,7 +107,7 @@ function render({ model, el }: Context<State>): () => void {
   );
   for (const drawer of Object.values(drawers)) drawer.classList.add("kn-hidden");
   el.append(root);
-  scope.listen(root, "keydown", keepKeys);
+  keepKeys(scope, root);
   scope.finally(() => root.remove());
 
   function opener(text: string, name: "list" | "settings"): HTMLButtonElement {

@@ -1,11 +1,12 @@
 /** The engine panel: controls on one side, the memory plan on the other, and the line that does the same below. */
 
 import { copyText } from "../copy";
-import { assign, element, keepKeys, press, say, stageOf } from "../dom";
+import { assign, element, press, say, stageOf } from "../dom";
 import { LayerEditor, MemoryLimits, PlaceChoice } from "../engine/places";
 import { type Control, control, fill } from "../engine/fields";
 import { PlanView } from "../engine/plan";
 import type { Engine, Field, State, Value, Values, View } from "../engine/types";
+import { keepKeys } from "../keys";
 import type { Context } from "../model";
 import { Requests } from "../requests";
 import { Scope } from "../scope";
@@ -118,7 +119,7 @@ function render({ model, el }: Context<State>): () => void {
     ),
   );
   el.append(root);
-  scope.listen(root, "keydown", keepKeys);
+  keepKeys(scope, root);
   scope.finally(() => root.remove());
 
   function button(text: string, press: () => void, name = ""): HTMLButtonElement {

@@ -4,7 +4,8 @@
  * Kept under 5 KB: its source travels in every comm_open.
  */
 
-import { element, keepKeys, say, stageOf } from "../dom";
+import { element, say, stageOf } from "../dom";
+import { keepKeys } from "../keys";
 import type { Context } from "../model";
 import { Scope } from "../scope";
 import { sparkline } from "../sparkline";
@@ -41,7 +42,7 @@ function render({ model, el }: Context<{ state: Shown }>): () => void {
   );
   el.append(root);
   scope.finally(() => root.remove());
-  scope.listen(root, "keydown", keepKeys);
+  keepKeys(scope, root);
 
   const tell = (text: string): void => {
     say(status, text);

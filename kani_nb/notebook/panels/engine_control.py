@@ -19,29 +19,26 @@ from kani_nb._secrets import without_secrets
 from kani_nb.config import EngineConfig
 from kani_nb.engines.base import LoadProgress
 from kani_nb.engines.registry import parse_spec
-from kani_nb.errors import ConfigError, DoesNotFitError, KaniNbError, ModelFilesError
+from kani_nb.errors import KaniNbError
 from kani_nb.hardware.placement import parse_max_memory
 from kani_nb.hardware.schemes import find_scheme
-from kani_nb.load_preview import LoadPreview, ModelReading, read_model
 from kani_nb.notebook.holders import Watched, forget_tracebacks
 from kani_nb.notebook.load_words import Farewell, answering, outcome, unloaded
 from kani_nb.notebook.panels.engine_form import (
     FormReading,
     Value,
     Values,
-    field_of,
     fields_for,
     read_form,
     refusal_of,
     values_of,
     without_foreign_knobs,
 )
-from kani_nb.notebook.panels.engine_view import Busy, engines_view, model_words, plan_view
-from kani_nb.notebook.panels.latest import Latest
+from kani_nb.notebook.panels.engine_view import Busy, engines_view, model_words
+from kani_nb.notebook.panels.plan_follower import PlanFollower, in_words
 from kani_nb.notebook.stat_line import seconds
 
 _PROGRESS_EVERY_S = 0.2
-_ReadingKey = tuple[str, str | None, bool]
 
 
 class EngineControl:
@@ -63,17 +60,12 @@ class EngineControl:
         self._lock = threading.RLock()
         self._values: Values = values_of(config)
         self._form = FormReading(config, {})
-        self._readings: dict[_ReadingKey, ModelReading | KaniNbError] = {}
-        self._is_reading = False
-        self._preview: LoadPreview | None = None
-        self._preview_errors: dict[str, str] = {}
+        self._plan = PlanFollower(rt.given_back, self._publish)
         self._refused: dict[str, str] = {}
         self._busy: Busy | None = None
         self._running: Future[None] | None = None
         self._said: dict[str, str] = {}
         self._is_closed = False
-        self._reader, self._planner = Latest("kani-nb-panel-read"), Latest("kani-nb-panel-plan")
-        self._cancel_reading = threading.Event()
         self._unwatch = rt.watch(self.refresh)
         self.set_values(self._values)
 
@@ -103,10 +95,7 @@ class EngineControl:
                     self._refused[name], kept[name] = why, None
             self._values = kept
             self._form = read_form(self._values)
-            self._preview_errors = {}
-            config = self._form.config
-        if config is not None:
-            self._plan(config)
+            self._plan.follow(self._form.config)
         self._publish()
 
     def refresh(self) -> None:
@@ -115,64 +104,12 @@ class EngineControl:
 
     def check_again(self) -> None:
         """The same, and look again for a model that was not to be had."""
-        with self._lock:
-            self._forget_failures()
+        self._plan.forget_failures()
         self.refresh()
 
     def wait(self, timeout_s: float = 30.0) -> bool:
         """Block until the plan is that of the controls; whether that came in time."""
-        ends_at = time.monotonic() + timeout_s
-        return all(each.wait(max(0.0, ends_at - time.monotonic())) for each in (self._reader, self._planner))
-
-    def _plan(self, config: EngineConfig) -> None:
-        key = (config.model, config.revision, config.trust_remote_code)
-        known = self._readings.get(key)
-        if known is None:
-            self._cancel_reading.set()
-            self._cancel_reading = cancelled = threading.Event()
-            self._is_reading, self._preview = True, None
-            self._reader.submit(lambda: self._read(config, key, cancelled))
-        elif isinstance(known, KaniNbError):
-            self._preview = None
-            self._preview_errors = {field_of(known, ("revision", "trust_remote_code")) or "model": str(known)}
-        else:
-            self._planner.submit(lambda: self._make_preview(config, known))
-
-    def _read(self, config: EngineConfig, key: _ReadingKey, cancelled: threading.Event) -> None:
-        try:
-            found: ModelReading | KaniNbError = read_model(config, cancelled=cancelled)
-        except KaniNbError as error:
-            found = error
-        except Exception as error:  # noqa: BLE001 - what is wrong with a model is said at its field
-            found = ModelFilesError(f"{config.model} could not be read", why=_in_words(error))
-        if cancelled.is_set() or self._is_closed:
-            return
-        with self._lock:
-            self._forget_failures()
-            self._readings[key] = found
-            self._is_reading = False
-            now = self._form.config
-        if now is not None:
-            self._plan(now)
-        self._publish()
-
-    def _forget_failures(self) -> None:
-        """What was not to be had may be there the next time it is asked for."""
-        self._readings = {name: each for name, each in self._readings.items() if isinstance(each, ModelReading)}
-
-    def _make_preview(self, config: EngineConfig, reading: ModelReading) -> None:
-        try:
-            preview = reading.preview(config, also_free=self._rt.given_back())
-        except Exception as error:  # noqa: BLE001 - without a plan, but not without a word
-            preview = LoadPreview(error=ConfigError("model: no plan could be made", why=_in_words(error)))
-        refusal = preview.error
-        with self._lock:
-            if self._form.config != config:
-                return  # a newer one is on its way
-            self._preview = preview
-            about = "" if refusal is None or isinstance(refusal, DoesNotFitError) else field_of(refusal)
-            self._preview_errors = {about: str(refusal)} if about else {}
-        self._publish()
+        return self._plan.wait(timeout_s)
 
     # -- what the buttons do ---------------------------------------------------------------------------------------
 
@@ -210,9 +147,7 @@ class EngineControl:
         """Let go of the runtime. A load goes on; nothing is shown any more. Safe to call twice."""
         self._is_closed = True
         self._unwatch()
-        self._cancel_reading.set()
-        self._reader.close()
-        self._planner.close()
+        self._plan.close()
 
     async def _load(self, config: EngineConfig) -> None:
         started_at, ticking = time.monotonic(), asyncio.ensure_future(self._tick())
@@ -236,7 +171,7 @@ class EngineControl:
         except KaniNbError as error:
             self._end(str(error), is_error=True)
         except Exception as error:  # noqa: BLE001 - shown where the person looks; there is no cell for a traceback
-            self._end(_in_words(error), is_error=True)
+            self._end(in_words(error), is_error=True)
         finally:
             ticking.cancel()
 
@@ -251,7 +186,7 @@ class EngineControl:
         except KaniNbError as error:
             self._end(str(error), is_error=True)
         except Exception as error:  # noqa: BLE001 - as for a load
-            self._end(_in_words(error), is_error=True)
+            self._end(in_words(error), is_error=True)
 
     async def _held(self, watched: Watched) -> str:
         """What of the engines that were freed for a load is held, and by whom."""
@@ -283,13 +218,13 @@ class EngineControl:
     def _view(self) -> dict[str, Any]:
         config = self._form.config
         model = str(self._values.get("model") or "")
-        reading = self._reading_of(config)
+        reading = self._plan.reading
         return {
             "line": without_secrets(config.to_line()) if config is not None else "",
-            "errors": {**self._form.errors, **self._preview_errors, **self._refused},
+            "errors": {**self._form.errors, **self._plan.errors, **self._refused},
             "shown": sorted(self._shown_fields(model)),
-            "model": {**model_words(reading), "is_reading": self._is_reading},
-            "plan": self._plan_view(config, reading),
+            "model": {**model_words(reading), "is_reading": self._plan.is_reading},
+            "plan": self._plan.view(),
             "blocks": list(reading.shape.blocks) if reading is not None and reading.shape is not None else [],
             "limits": self._limits(),
             "busy": self._busy.to_dict() if self._busy is not None else None,
@@ -298,24 +233,11 @@ class EngineControl:
             "engines": engines_view(self._rt.engines, self._rt.engine_name),
         }
 
-    def _plan_view(self, config: EngineConfig | None, reading: ModelReading | None) -> dict[str, Any] | None:
-        if self._preview is None:
-            return None
-        context_tokens = config.max_context_size if config is not None else None
-        window_tokens = reading.window_tokens if reading is not None else None
-        return plan_view(self._preview, context_tokens=context_tokens, window_tokens=window_tokens)
-
     def _frees(self, config: EngineConfig | None) -> str:
         """What Load would take away first."""
         name = self._rt.replaceable
         known = [self._rt.config_of(each) for each in self._rt.engines]
         return f"Load frees {name} first." if name and config is not None and config not in known else ""
-
-    def _reading_of(self, config: EngineConfig | None) -> ModelReading | None:
-        if config is None:
-            return None
-        found = self._readings.get((config.model, config.revision, config.trust_remote_code))
-        return found if isinstance(found, ModelReading) else None
 
     def _shown_fields(self, model: str) -> set[str]:
         try:
@@ -333,8 +255,3 @@ class EngineControl:
             return parse_max_memory(given if isinstance(given, str) and given.strip() else None)
         except KaniNbError:
             return {}
-
-
-def _in_words(error: Exception) -> str:
-    """An error that nobody thought of: its class, and what it says without secrets."""
-    return without_secrets(f"{type(error).__name__}: {str(error)[:300]}")
