@@ -29,17 +29,31 @@ def stamp(js: Path) -> str:
 
 def is_fresh(root: Path) -> bool:
     """Whether the committed bundles were built from the sources beside them, and are as they were built."""
-    static = root / "kani_nb" / "static"
-    kept = static / "sources.sha256"
-    if not kept.is_file():
-        return False
-    stamps = {name: digest for digest, name in (line.split() for line in kept.read_text(encoding="ascii").splitlines())}
+    stamps = _stamps(root)
     built_from = stamps.pop("sources", "")
-    return built_from == stamp(root / "js") and all(_is(static / name, digest) for name, digest in stamps.items())
+    return built_from == stamp(root / "js") and all(
+        (path := _static(root, name)).is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+        for name, digest in stamps.items()
+    )
 
 
-def _is(path: Path, digest: str) -> bool:
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+def has_bundles(root: Path) -> bool:
+    """Whether every bundle is there, from whatever sources."""
+    stamps = _stamps(root)
+    return bool(stamps) and all(_static(root, name).is_file() for name in stamps if name != "sources")
+
+
+def _static(root: Path, name: str) -> Path:
+    return root / "kani_nb" / "static" / name
+
+
+def _stamps(root: Path) -> dict[str, str]:
+    """SHA-256 by name, as `sha256sum` writes it: of the sources and of each bundle; empty where it cannot be read."""
+    try:
+        lines = _static(root, "sources.sha256").read_text(encoding="ascii").splitlines()
+        return {name: digest for digest, name in (line.split() for line in lines)}
+    except (OSError, ValueError):
+        return {}
 
 
 class FrontEndHook(BuildHookInterface):  # type: ignore[type-arg]
@@ -58,7 +72,6 @@ class FrontEndHook(BuildHookInterface):  # type: ignore[type-arg]
             return
         if wanted != "build" and is_fresh(_ROOT):
             return
-        has_bundle = (_ROOT / "kani_nb" / "static" / "sources.sha256").is_file()
         why = "npm was not found"
         if npm := shutil.which("npm"):
             try:
@@ -68,6 +81,6 @@ class FrontEndHook(BuildHookInterface):  # type: ignore[type-arg]
                 why = str(error)
             else:
                 return
-        if wanted == "build" or not has_bundle:
+        if wanted == "build" or not has_bundles(_ROOT):
             raise RuntimeError(f"kani_nb/static cannot be built from js/: {why}")
-        self.app.display_warning(f"kani_nb: the committed front end is older than js/, and is taken: {why}")
+        self.app.display_warning(f"kani_nb: the committed front end is not that of js/, and is taken: {why}")

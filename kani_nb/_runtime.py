@@ -38,7 +38,8 @@ class Runtime(EngineRoster):
         loop: the event loop that engines and sessions live on.
         notebook: key of the notebook whose conversations these are, usually its path; empty where it is not known.
         saves: whether conversations are kept on disk.
-        shown: what a notebook shows of this runtime that follows it (panels, the dashboard), by where it stands.
+        shown: what a notebook shows of this runtime that follows it (panels, the dashboard): by where it stands, with
+            the execution that put it there.
     """
 
     def __init__(self, store_path: Path | None = None) -> None:
@@ -46,7 +47,7 @@ class Runtime(EngineRoster):
         self.metrics = Recorder()
         self.notebook = ""
         self.saves = True
-        self.shown: dict[str, Closeable] = {}
+        self.shown: dict[str, tuple[str, list[Closeable]]] = {}
         self._store_path = store_path
         self._store: ConversationStore | None = None
         self._chats: dict[str, ChatSession] = {}
@@ -225,10 +226,12 @@ class Runtime(EngineRoster):
             del self._chats[chat.conversation.id]
             if self._chat is chat:
                 self._chat = None
-        for conversation_id in found:
-            assert self.store is not None
-            self.store.delete(conversation_id)
-        self._watchers.tell()
+        try:
+            for conversation_id in found:
+                assert self.store is not None
+                self.store.delete(conversation_id)
+        finally:
+            self._watchers.tell()
 
     def _adopt(self, conversation: Conversation) -> ChatSession:
         with self._lock:
@@ -244,16 +247,16 @@ class Runtime(EngineRoster):
             self._chat = chat
             return chat
 
-    def keep_shown(self, where: str, shown: Closeable) -> None:
-        """Remember what is shown, and close what was shown there before."""
-        self.close_shown(where)
-        self.shown[where] = shown
+    def keep_shown(self, where: str, shown: Closeable, execution: str = "") -> None:
+        """Remember what is shown, and close what another execution showed there before."""
+        if self.shown.get(where, ("", []))[0] != execution:
+            self.close_shown(where)
+        self.shown.setdefault(where, (execution, []))[1].append(shown)
 
     def close_shown(self, where: str | None = None) -> None:
         """Close what is shown there, or all that is shown. Safe to call twice."""
         for each in list(self.shown) if where is None else [where]:
-            shown = self.shown.pop(each, None)
-            if shown is not None:
+            for shown in self.shown.pop(each, ("", []))[1]:
                 shown.close()
 
     def stop(self) -> bool:

@@ -19,10 +19,6 @@ class Watchers:
         self._all.append(changed)
         return lambda: self._all.remove(changed) if changed in self._all else None
 
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._all)
-
     def tell(self) -> None:
         """Call each of them; what one raises is logged, since whoever only looks must not harm what is done."""
         for changed in list(self._all):

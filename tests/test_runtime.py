@@ -21,6 +21,26 @@ def config(folder, **options):
     return EngineConfig(str(folder), dtype="float32", threads=1, **options)
 
 
+def test_what_a_cell_shows_is_closed_when_the_cell_runs_again_and_not_before(rt):
+    class Panel:
+        is_closed = False
+
+        def close(self):
+            self.is_closed = True
+
+    first, second, third, elsewhere = (Panel() for _ in range(4))
+    rt.keep_shown("cell 1", first, "run 1")
+    rt.keep_shown("cell 1", second, "run 1")
+    rt.keep_shown("cell 2", elsewhere, "run 2")
+    assert not first.is_closed
+    rt.keep_shown("cell 1", third, "run 3")
+    assert [each.is_closed for each in (first, second, third, elsewhere)] == [True, True, False, False]
+    rt.close_shown()
+    assert third.is_closed
+    assert elsewhere.is_closed
+    assert rt.shown == {}
+
+
 def test_an_equal_configuration_is_loaded_once(rt, tiny_model):
     first = rt.load_sync(config(tiny_model))
     again = rt.load_sync(config(tiny_model))

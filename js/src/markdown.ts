@@ -8,12 +8,11 @@
 import DOMPurify from "dompurify";
 import hljs from "highlight.js/lib/core";
 import bash from "highlight.js/lib/languages/bash";
-import javascript from "highlight.js/lib/languages/javascript";
 import json from "highlight.js/lib/languages/json";
 import python from "highlight.js/lib/languages/python";
 import { Marked, type Token, type Tokens } from "marked";
 
-for (const [name, language] of Object.entries({ bash, javascript, json, python })) hljs.registerLanguage(name, language);
+for (const [name, language] of Object.entries({ bash, json, python })) hljs.registerLanguage(name, language);
 
 const SAFE_LINK = /^(?:https?:|mailto:|#)/i;
 /** Colouring more than this takes long enough to be felt. */

@@ -1,5 +1,6 @@
 /** Messages to the kernel that are answered: each carries an id, and what goes wrong is told. */
 
+import { say } from "./dom";
 import type { Model } from "./model";
 import type { Scope } from "./scope";
 
@@ -19,11 +20,19 @@ interface Open<Given> {
   settle: () => void;
 }
 
+/** What shows complaints in one line: a success takes away what was said of requests of its own kind alone. */
+export function complaints(line: Element): (text: string, kind: string) => void {
+  let complainedOf = "";
+  return (text, kind) => {
+    if (!text && kind !== complainedOf) return;
+    complainedOf = kind;
+    say(line, text);
+  };
+}
+
 export class Requests<State extends object, Given extends Answer = Answer> {
   private readonly open = new Map<string, Open<Given>>();
   private count = 0;
-  /** What kinds of request were complained of: when such a one succeeds, the complaint goes. */
-  private readonly complained = new Set<string>();
 
   /** @param complain shows what went wrong with a kind of request; an empty text takes it away. */
   constructor(
@@ -36,8 +45,8 @@ export class Requests<State extends object, Given extends Answer = Answer> {
       if (answer?.id === undefined || !asked) return;
       this.open.delete(answer.id);
       asked.settle();
-      if (answer.kind === "error") this.say(asked.kind, answer.why ?? "it failed");
-      else if (this.complained.has(asked.kind)) this.say(asked.kind, "");
+      if (answer.kind === "error") this.complain(answer.why ?? "it failed", asked.kind);
+      else this.complain("", asked.kind);
       asked.answered(answer);
     });
   }
@@ -46,7 +55,7 @@ export class Requests<State extends object, Given extends Answer = Answer> {
   send(kind: string, more: Record<string, unknown> = {}, answered: (answer: Given) => void = () => undefined, buffers: ArrayBuffer[] = []): void {
     const id = `${Date.now().toString(36)}-${++this.count}`;
     const settle = this.scope.after(PATIENCE_MS, () =>
-      this.say(kind, "The kernel has not answered yet: it is busy, or gone. What was asked is done when it is free."),
+      this.complain("The kernel has not answered yet: it is busy, or gone. What was asked is done when it is free.", kind),
     );
     this.open.set(id, { kind, answered, settle });
     if (buffers.length) this.model.send({ kind, id, ...more }, undefined, buffers);
@@ -55,12 +64,6 @@ export class Requests<State extends object, Given extends Answer = Answer> {
 
   /** Complain of what was not sent at all. */
   refuse(kind: string, why: string): void {
-    this.say(kind, why);
-  }
-
-  private say(kind: string, text: string): void {
-    if (text) this.complained.add(kind);
-    else this.complained.delete(kind);
-    this.complain(text, kind);
+    this.complain(why, kind);
   }
 }

@@ -153,6 +153,16 @@ describe("writing", () => {
     expect(reached).toEqual(["s"]);
   });
 
+  test("keys are not listened for any more when the view has ended", () => {
+    const { end } = shown();
+    const root = document.querySelector(".kn-chat") as HTMLElement;
+    const box = root.querySelector("textarea") as HTMLElement;
+    end();
+    document.body.append(root);
+    box.dispatchEvent(new KeyboardEvent("keydown", { key: "a", bubbles: true }));
+    expect(box.hasAttribute("data-lm-suppress-shortcuts")).toBe(false);
+  });
+
   test("a setting that cannot be used stays as it was typed, marked, with the reason beside it", () => {
     const { model, all, answer } = shown();
     const input = all("label").find((each) => each.textContent === "Top p")?.querySelector("input") as HTMLInputElement;
@@ -189,6 +199,38 @@ describe("writing", () => {
     press("Enter");
     await settled();
     expect(model.sent.at(-1)).toMatchObject({ kind: "send", text: "my draft" });
+  });
+
+  test("an edit that is begun while another message waits for the kernel stays one", async () => {
+    const { model, button, box, write, press, of } = shown({ recent: [turn(1)] });
+    write("sent first");
+    press("Enter");
+    await settled();
+    button("Edit").click();
+    write("question 1, better");
+    model.receive({ kind: "done", id: model.sent[0]?.["id"] });
+    expect(of(".kn-composer .kn-row").classList.contains("kn-hidden")).toBe(false);
+    press("Enter");
+    await settled();
+    expect(model.sent.at(-1)).toMatchObject({ kind: "edit", turn: "t1", text: "question 1, better" });
+    model.receive({ kind: "done", id: model.sent.at(-1)?.["id"] });
+    expect(box.value).toBe("");
+  });
+
+  test("what was written before an edit is there again, however the edit ends", async () => {
+    const { model, button, box, write, press, answer } = shown({ recent: [turn(1)] });
+    write("my draft");
+    button("Edit").click();
+    write("better");
+    press("Enter");
+    await settled();
+    write("better still");
+    answer();
+    expect(box.value).toBe("my draft\n\nbetter still");
+    write("my draft");
+    button("Edit").click();
+    model.arrives("recent", [turn(1, { id: "another" })]);
+    expect(box.value).toBe("my draft");
   });
 
   test("an edit ends when its turn leaves the page", async () => {
@@ -255,16 +297,16 @@ describe("writing", () => {
 
   test("what failed comes back into an empty box only", () => {
     const { model, box, write } = shown();
-    model.arrives("problem", { text: "it failed", prompt: "my words" });
+    model.arrives("problem", { text: "it failed", prompt: "my words", gives_back: true });
     expect(box.value).toBe("my words");
     write("other words");
-    model.arrives("problem", { text: "it failed", prompt: "my words" });
+    model.arrives("problem", { text: "it failed", prompt: "my words", gives_back: true });
     expect(box.value).toBe("other words");
   });
 });
 
 describe("what could not be answered", () => {
-  const problem = { text: "it failed", prompt: "my words" };
+  const problem = { text: "it failed", prompt: "my words", gives_back: true };
 
   test("comes back with its files", async () => {
     const { model, write, press, answer, box, of, all } = shown();
@@ -279,6 +321,26 @@ describe("what could not be answered", () => {
     model.arrives("problem", problem);
     expect(box.value).toBe("my words");
     expect(all(".kn-chips li").map((each) => each.textContent)).toEqual([expect.stringContaining("dot.png")]);
+  });
+
+  test("comes back where it was a picture alone", async () => {
+    const { model, press, answer, of, all } = shown();
+    of(".kn-chat").dispatchEvent(Object.assign(new Event("drop", { bubbles: true }), { dataTransfer: { files: [new File(["x"], "dot.png")] } }));
+    press("Enter");
+    await vi.waitFor(() => expect(model.sent).toHaveLength(1));
+    answer();
+    model.arrives("problem", { text: "it failed", prompt: "", gives_back: true });
+    expect(all(".kn-chips li")).toHaveLength(1);
+  });
+
+  test("comes back also where it failed before it was heard to be taken", async () => {
+    const { model, write, press, answer, box } = shown();
+    write("my words");
+    press("Enter");
+    await settled();
+    model.arrives("problem", problem);
+    answer();
+    expect(box.value).toBe("my words");
   });
 
   test("comes back as the edit that it was", async () => {
@@ -316,7 +378,7 @@ describe("copying", () => {
 });
 
 describe("a running answer", () => {
-  const running = { run: "r1", seq: 1, prompt: "q", text: "one ", status: "answering", numbers: "0.1 s" };
+  const running = { run: "r1", seq: 1, prompt: "question 1", text: "one ", status: "answering", numbers: "0.1 s" };
 
   test("is spoken a block at a time, each once, and the last one when it ends", () => {
     const { model, of } = shown({ running: { ...running, text: "", status: "reading the prompt 5/10 tokens" } });
@@ -359,11 +421,21 @@ describe("a running answer", () => {
     expect(open()).toEqual([true, false, true]);
   });
 
-  test("Stop that was pressed stays pressed while the answer goes on", () => {
+  test("Stop that was pressed stays pressed while the answer goes on, and is free for another's", () => {
     const { model, button } = shown({ running });
     button("Stop").click();
     model.arrives("running", { ...running, seq: 2 });
     expect(button("Stop").disabled).toBe(true);
+    model.arrives("running", { ...running, run: "of another conversation" });
+    expect(button("Stop").disabled).toBe(false);
+  });
+
+  test("is not taken over by a turn of another conversation", () => {
+    const { model, of } = shown({ running: { ...running, text: "mine", prompt: "question of mine" } });
+    frames();
+    model.arriveTogether({ recent: [turn(1)], running: {} });
+    expect(of(".kn-turn .kn-md").textContent).toContain("answer 1");
+    expect([...of("[role=status]").children].map((each) => each.textContent)).toEqual([]);
   });
 
   test("grows by deltas, and Stop takes the place of Send", () => {
@@ -402,6 +474,7 @@ describe("a running answer", () => {
     button("Do not run it").click();
     expect(model.sent.at(-1)).toMatchObject({ kind: "answer", question: "q1", text: "n" });
     expect(of(".kn-asked .kn-row").inert).toBe(true);
+    expect(document.activeElement).toBe(of(".kn-running"));
     model.arrives("running", { ...running, seq: 2, question: { id: "q2", text: "Run another()?" } });
     frames();
     expect(of(".kn-asked .kn-row").inert).toBe(false);
@@ -541,7 +614,7 @@ test("what fails elsewhere does not take the focus", () => {
   const elsewhere = document.createElement("input");
   document.body.append(elsewhere);
   elsewhere.focus();
-  const { model } = shown({ problem: { text: "it failed", prompt: "my words" } });
+  const { model } = shown({ problem: { text: "it failed", prompt: "my words", gives_back: true } });
   model.arrives("problem", { text: "it failed", prompt: "my words" });
   expect(document.activeElement).toBe(elsewhere);
 });

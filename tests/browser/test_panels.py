@@ -214,13 +214,13 @@ def test_the_pane_stands_at_its_end_when_an_answer_has_ended(server: JupyterServ
     for number, lines in enumerate((3, 40, 60, 4), 1):
         pane.ask("\n\n".join(f"line {line}" for line in range(lines)))
         pane.wait_for_turns(number)
-        page.wait_for_timeout(800)
+        notebook.wait_for(lambda: log.evaluate(distance) < 5)
+        page.wait_for_timeout(800)  # until the browser has laid out what it had guessed
         assert log.evaluate(distance) < 5, f"after turn {number}"
     log.evaluate("(node) => { node.scrollTop = 100 }")
-    page.wait_for_timeout(100)
+    notebook.wait_for(lambda: log.evaluate(distance) > 100)
     pane.ask("who scrolled up")
-    page.wait_for_timeout(300)
-    assert log.evaluate(distance) < 5, "what one asks is seen"
+    notebook.wait_for(lambda: log.evaluate(distance) < 5)
 
 
 def test_what_stands_in_the_transcript_is_accessible_in_both_themes(server: JupyterServer, browser: Chromium):

@@ -107,7 +107,8 @@ def test_a_cell_that_is_run_again_leaves_no_panel_behind(kernel):
         for cell_id, cell in (("one", "%chat panel"), ("two", "%engine panel"), ("three", "%engine dashboard")):
             outcome = kernel.collect(kernel.send(cell, cell_id=cell_id, allow_stdin=True))
             assert outcome.status == "ok", outcome.text
-    count = "rt = __import__('kani_nb').runtime(); print(len(rt.shown), len(rt._watchers), len(rt.chat._watchers))"
+    good(kernel, "rt = __import__('kani_nb').runtime()")
+    count = "print(len(rt.shown), len(rt._watchers._all), len(rt.chat._watchers._all))"
     assert good(kernel, count).text.split() == ["3", "3", "1"]
     good(kernel, "%unload_ext kani_nb")
     assert good(kernel, count).text.split() == ["0", "0", "0"]

@@ -7,14 +7,16 @@ import threading
 import pytest
 
 from kani_nb.config import EngineConfig
-from kani_nb.conversation.tools import APPROVAL_CHOICES
+from kani_nb.conversation.tools import APPROVAL_CHOICES, Tools
 from kani_nb.engines.base import PrefillProgress
 from kani_nb.engines.echo import EchoEngine
-from kani_nb.errors import ConfigError, ConversationBusyError, ConversationError, NoEngineError
+from kani_nb.errors import ConfigError, ConversationBusyError, ConversationError, NoEngineError, StoreError
+from kani_nb.functions import ai_function
 from kani_nb.notebook.panels.answer_feed import AnswerFeed
 from kani_nb.notebook.panels.chat_control import CHUNK_TURNS, ChatControl
 from kani_nb.notebook.panels.chat_view import leaf_below
 from kani_nb.notebook.panels.pane_host import PaneHost
+from tests.conversation.calling import Calling
 
 
 class Page:
@@ -137,6 +139,7 @@ def test_what_fails_gives_the_words_back(control, page, clean_runtime):
     page.wait_for(lambda state: state.get("problem", {}).get("text"))
     page.wait_for(lambda state: not state["running"])
     assert page.state["problem"]["prompt"] == "please one two three"
+    assert page.state["problem"]["gives_back"]
     assert page.turns == []
     clean_runtime.engine.fail_after = None
     asked(control, page, "again")
@@ -214,8 +217,9 @@ def test_an_answer_goes_on_in_the_conversation_that_is_left_and_is_there_when_on
 ):
     clean_runtime.load_sync(EngineConfig("echo:delay=0.02"))
     first = control.session.conversation.name
-    control.ask("word " * 300)
+    control.ask("word " * 2000)
     page.wait_for(lambda state: state["running"].get("text") or page.deltas)
+    left = control.session
     control.new()
     assert (page.state["running"], page.turns) == ({}, [])
     heard = len(page.deltas)
@@ -223,7 +227,8 @@ def test_an_answer_goes_on_in_the_conversation_that_is_left_and_is_there_when_on
     clean_runtime.use(EchoEngine(reply="at once"), name="quick")
     asked(control, page, "meanwhile")
     assert [turn["answer"] for turn in page.turns] == ["at once"]
-    assert all(delta["text"] != "word " for delta in page.deltas[heard:])
+    assert not any("word" in delta.get("text", "") for delta in page.deltas[heard:])
+    assert left.is_busy, "it goes on meanwhile"
     control.open(first)
     page.wait_for(lambda state: len(state["running"].get("text", "")) > 20)
     assert page.state["around"]["name"] == first
@@ -268,6 +273,42 @@ def test_a_conversation_that_was_deleted_is_left_and_does_not_come_back(control,
         doomed.ask_sync("again")
     asked(control, page, "new words")
     assert [each.turns for each in clean_runtime.list_chats(everywhere=True)] == [1]
+
+
+def test_where_the_store_fails_a_deleted_conversation_is_left_all_the_same(control, page, clean_runtime, monkeypatch):
+    asked(control, page, "doomed words")
+    doomed = control.session
+
+    def fail(_conversation_id):
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(clean_runtime.store, "delete", fail)
+    with pytest.raises(StoreError):
+        clean_runtime.delete_chat(doomed.conversation.name)
+    assert control.session is not doomed
+    asked(control, page, "goes on")
+
+
+def test_a_question_whose_pane_is_closed_is_answered_with_no(control, page, clean_runtime):
+    ran = []
+
+    @ai_function
+    def delete(path: str) -> str:
+        """Delete a file."""
+        ran.append(path)
+        return "deleted"
+
+    clean_runtime.use(Calling([("delete", '{"path": "x"}'), ("delete", '{"path": "y"}')], "done"), name="calling")
+    control.session.tools = Tools((delete,))
+    control.ask("go")
+    page.wait_for(lambda state: state["running"].get("question"))
+    session = control.session
+    control.close()
+    page.wait_for(lambda state: session.turns)
+    assert ran == []
+    refused, unasked = (message.text for message in session.turns[0].messages if message.is_tool_call_error)
+    assert "the user refused to run delete" in refused
+    assert "the pane that would ask was closed" in unasked
 
 
 def test_a_page_is_never_sent_what_it_cannot_take(control, page, clean_runtime):

@@ -3,8 +3,6 @@
 import sys
 import threading
 
-import pytest
-
 from kani_nb.notebook.panels.latest import Latest
 
 
@@ -33,22 +31,25 @@ def test_what_waits_is_replaced_by_what_comes_later():
     assert done in ([4], [0, 4], [1, 4], [2, 4], [3, 4]), "the first of them may come before the one that blocks"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_job_that_fails_is_reported_and_takes_no_other_with_it(capsys):
-    may_fail, done = threading.Event(), []
+def test_a_job_that_fails_is_reported_and_takes_no_other_with_it(monkeypatch):
+    began, may_fail, done, reported = threading.Event(), threading.Event(), [], []
+    monkeypatch.setattr(threading, "excepthook", reported.append)
 
     def fail():
+        began.set()
         may_fail.wait(10)
         raise ValueError("on purpose")
 
     latest = Latest("test-latest")
     latest.submit(fail)
+    assert began.wait(10)
     latest.submit(lambda: done.append(1))
     may_fail.set()
     assert latest.wait(10)
     latest.submit(lambda: done.append(2))
     assert latest.wait(10)
     assert done[-1] == 2
+    assert [str(each.exc_value) for each in reported] == ["on purpose"]
 
 
 def test_a_closed_one_does_nothing_more():

@@ -14,7 +14,7 @@ export interface Draft {
 
 /** What is asked of the pane. */
 export interface ComposerActions {
-  /** Gets what was written; the draft stays until `clear`. */
+  /** Gets what was written; the draft stays until another is filled in. */
   send(draft: Draft): void;
   /** Ends the running answer. */
   stop(): void;
@@ -37,6 +37,7 @@ export class Composer {
   private readonly purpose = element("div", { class: "kn-row kn-hidden" }, this.label, this.cancel);
   private files: readonly File[] = [];
   private isAnswering = false;
+  private run = "";
   /** What was sent and is not taken yet. */
   private sent: Draft | null = null;
 
@@ -74,7 +75,7 @@ export class Composer {
     });
     const row = element("div", { class: "kn-row" }, this.sendButton, this.stopButton, this.attach, this.picker);
     this.node = element("div", { class: "kn-composer" }, this.purpose, this.box, this.chips, row);
-    this.answering(false);
+    this.stopButton.classList.add("kn-hidden");
   }
 
   /** Take files that were dropped, pasted or chosen, as many as can be sent together. */
@@ -94,9 +95,11 @@ export class Composer {
     this.drawChips();
   }
 
-  /** Whether Stop or Send is what can be pressed. */
-  answering(is: boolean): void {
-    if (is === this.isAnswering && this.stopButton.classList.contains("kn-hidden") !== is) return;
+  /** Whether Stop or Send is what can be pressed: an answer of that id runs, or none where it is empty. */
+  answering(run: string): void {
+    if (run === this.run) return;
+    this.run = run;
+    const is = run !== "";
     const had = document.activeElement === (this.isAnswering ? this.stopButton : this.sendButton);
     this.isAnswering = is;
     this.sendButton.classList.toggle("kn-hidden", is);
@@ -144,12 +147,6 @@ export class Composer {
   /** What was sent was not taken: it may be sent again. */
   again(): void {
     this.sent = null;
-  }
-
-  /** What was sent was taken. What was written since stays. */
-  clear({ text, files }: Draft): void {
-    const isSame = this.box.value === text;
-    this.fill({ text: isSame ? "" : this.box.value, files: this.files.filter((file) => !files.includes(file)) });
   }
 
   private submit(): void {

@@ -61,10 +61,11 @@ export class Log {
 
   /** Show these turns, and the answer on its way if there is one; what stands there already is kept. */
   draw(turns: readonly Turn[], running: Running): void {
+    const before = this.running;
     this.running = running;
     const isFresh = Boolean(running.run) && !this.runningView;
     this.staysDown(() => {
-      this.drawTurns(turns);
+      this.drawTurns(turns, before);
       this.drawRunning();
     });
     if (isFresh) {
@@ -89,7 +90,7 @@ export class Log {
     this.node.scrollTop = this.node.scrollHeight;
   }
 
-  private drawTurns(turns: readonly Turn[]): void {
+  private drawTurns(turns: readonly Turn[], before: Running): void {
     let same = 0;
     while (same < turns.length && same < this.views.length && isSame(turns[same] as Turn, (this.views[same] as TurnView).turn)) same++;
     const replaced = this.views.splice(same);
@@ -100,8 +101,9 @@ export class Log {
       view.end();
     }
     const fresh = turns.slice(same).map((turn, at, all) => {
-      // What the answer on its way became takes over what is drawn.
-      const drawn = !this.running.run && at === all.length - 1 ? this.runningView?.handOn() : undefined;
+      // What the answer on its way became takes over what is drawn; a turn of another conversation does not.
+      const isIt = !this.running.run && at === all.length - 1 && turn.prompt === before.prompt;
+      const drawn = isIt ? this.runningView?.handOn() : undefined;
       return new TurnView(turn, this.actions, drawn);
     });
     this.views.push(...fresh);

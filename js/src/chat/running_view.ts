@@ -39,6 +39,7 @@ export class RunningView {
     for (const [text, label] of ANSWERS) {
       const button = element("button", { type: "button" }, label);
       press(button, () => {
+        this.node.focus(); // which the button loses
         this.answers.inert = true; // one press answers one question
         answer(this.questionId, text);
       });
@@ -46,7 +47,7 @@ export class RunningView {
     }
     this.node = element(
       "article",
-      { class: "kn-turn kn-running", "aria-label": "Running answer" },
+      { class: "kn-turn kn-running", "aria-label": "Running answer", tabindex: -1 },
       this.prompt,
       this.folds.steps,
       this.folds.reasoning,

@@ -64,12 +64,19 @@ export interface Chat {
   is_current: boolean;
 }
 
+/** Why a prompt could not be answered; `gives_back` where it is not kept, so that it may be sent again. */
+export interface Problem {
+  text?: string;
+  prompt?: string;
+  gives_back?: boolean;
+}
+
 export interface State {
   door: string;
   history: Turn[];
   recent: Turn[];
   running: Running;
   around: Around;
-  problem: { text?: string; prompt?: string };
+  problem: Problem;
   notices: string[];
 }

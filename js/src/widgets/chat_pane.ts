@@ -1,59 +1,35 @@
 /** The chat pane: a conversation that streams, with everything that `%chat` can do to it. */
 
 import { inserter } from "../chat/code_tools";
-import { Composer, type Draft } from "../chat/composer";
 import { ChatList, Settings } from "../chat/drawers";
 import { Log } from "../chat/log";
 import type { Actions } from "../chat/turn_view";
-import type { Chat, Delta, State, Turn } from "../chat/types";
+import type { Chat, Delta, State } from "../chat/types";
+import { Writing } from "../chat/writing";
 import { assign, element, say } from "../dom";
 import { keepKeys } from "../keys";
 import type { Context } from "../model";
-import { type Answer, Requests } from "../requests";
+import { type Answer, complaints, Requests } from "../requests";
 import { Scope } from "../scope";
 import { stopper } from "../stop";
 import theme from "../theme.css?inline";
 import css from "./chat_pane.css?inline";
 
-interface Sent extends Draft {
-  edited: Turn | null;
-}
-
-const NOTHING: Draft = { text: "", files: [] };
-
 function render({ model, el }: Context<State>): () => void {
   const scope = new Scope();
   const complaint = element("p", { class: "kn-error", role: "alert" });
+  const complain = complaints(complaint);
   const requests = new Requests<State, Answer & { chats?: Chat[] }>(scope, model, (text, kind) => {
     if (kind === "params") settings.complain(text);
-    else say(complaint, text);
+    else complain(text, kind);
   });
   const ask = requests.send.bind(requests);
-  /** What is written takes the place of this turn. */
-  let edited: Turn | null = null;
-  /** What was written before that. */
-  let aside: Draft = NOTHING;
-  /** What was sent last, to be written on with where it could not be answered. */
-  let last: Sent | null = null;
-  const write = (draft: Sent): void => {
-    edited = draft.edited;
-    composer.fill(draft, edited ? `Takes the place of turn ${edited.number}; the old one stays as a branch.` : "");
-  };
-  const edit = (turn: Turn): void => {
-    if (!edited) aside = composer.draft;
-    write({ text: turn.prompt, files: [], edited: turn });
-    composer.focus();
-  };
-  const endEdit = (): void => {
-    if (edited) write({ ...aside, edited: null });
-    aside = NOTHING;
-  };
 
   // -- the page ------------------------------------------------------------------------------------------------------
   const insert = inserter(model.widget_manager, el);
   const actions: Actions = {
     retry: ({ id }) => ask("retry", { turn: id }),
-    edit,
+    edit: (turn) => writing.edit(turn),
     go: (turn) => ask("switch", { turn }),
     insert,
   };
@@ -74,7 +50,11 @@ function render({ model, el }: Context<State>): () => void {
       ask("new");
       toggle("list", false);
     },
-    rename: (name) => ask("rename", { name }, () => find(list.query)),
+    rename: (name) =>
+      ask("rename", { name }, () => {
+        list.call(model.get("around")?.name ?? "");
+        find(list.query);
+      }),
   });
   const settings = new Settings(scope, (text) => ask("system", { text }), (params) => ask("params", { params }));
   const drawers = { list: list.node, settings: settings.node };
@@ -84,12 +64,8 @@ function render({ model, el }: Context<State>): () => void {
     composer.stopping();
     sendStop();
   };
-  const composer = new Composer(scope, {
-    send: (draft) => void submit(draft),
-    stop,
-    escape: endEdit,
-    complain: (text) => requests.refuse("send", text),
-  });
+  const writing = new Writing(scope, requests, () => model.get("problem") ?? {}, stop);
+  const { composer } = writing;
   const root = element(
     "div",
     { class: "kani-panel kani-live kn-chat", role: "region", "aria-label": "Chat" },
@@ -129,10 +105,9 @@ function render({ model, el }: Context<State>): () => void {
   // -- what is shown -------------------------------------------------------------------------------------------------
   const drawLog = (): void => {
     const running = model.get("running") ?? {};
-    composer.answering(Boolean(running.run));
-    root.classList.toggle("kn-is-answering", Boolean(running.run));
+    composer.answering(running.run ?? "");
     const turns = [...(model.get("history") ?? []), ...(model.get("recent") ?? [])];
-    if (edited && !turns.some(({ id }) => id === edited?.id)) write({ ...composer.draft, edited: null });
+    writing.turnsChanged(turns);
     log.draw(turns, running);
   };
   const drawAround = (): void => {
@@ -147,35 +122,14 @@ function render({ model, el }: Context<State>): () => void {
     settings.draw(around.system ?? "", around.params ?? {});
   };
   const drawProblem = (): void => {
-    const { text = "", prompt = "" } = model.get("problem") ?? {};
-    say(problem, text);
-    if (prompt && !composer.draft.text) write(last?.text === prompt ? last : { text: prompt, files: [], edited: null });
+    say(problem, model.get("problem")?.text ?? "");
+    writing.bringBack();
   };
   const drawNotices = (): void => {
     notices.replaceChildren(...(model.get("notices") ?? []).map((notice) => element("p", { class: "kn-note" }, notice)));
   };
 
-  // -- what is sent --------------------------------------------------------------------------------------------------
-  async function submit(draft: Draft): Promise<void> {
-    const { text, files } = draft;
-    const replaced = edited;
-    const answered = (answer: Answer): void => {
-      if (answer.kind !== "done") return composer.again();
-      last = { ...draft, edited: replaced };
-      edited = null;
-      composer.clear(draft);
-      if (replaced && !composer.draft.text) composer.fill(aside);
-      aside = NOTHING;
-    };
-    if (replaced) return ask("edit", { turn: replaced.id, text }, answered);
-    try {
-      const buffers = await Promise.all(files.map((file) => file.arrayBuffer()));
-      ask("send", { text, files: files.map(({ name, type }) => ({ name, mime: type })) }, answered, buffers);
-    } catch (error) {
-      composer.again();
-      requests.refuse("send", `A file could not be read: ${String(error)}. Remove it, or choose it again.`);
-    }
-  }
+  // -- what is dropped -----------------------------------------------------------------------------------------------
   scope.listen(root, "dragover", (event) => event.preventDefault());
   scope.listen(root, "drop", (event) => composer.take(event.dataTransfer?.files, event));
 
@@ -187,9 +141,8 @@ function render({ model, el }: Context<State>): () => void {
     if (button) scope.listen(button, "click", () => insert?.(resume()));
     gone.replaceChildren(element("p", {}, `${words}${insert ? "" : `Resume it with: ${resume().replaceAll("\n", ", ")}`}`), ...(button ? [button] : []));
     gone.classList.remove("kn-hidden");
-    composer.answering(false);
+    composer.answering("");
     composer.disable();
-    root.classList.remove("kn-is-answering");
     log.freeze();
     for (const drawer of Object.values(drawers)) drawer.inert = true;
   };

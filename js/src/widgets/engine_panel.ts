@@ -8,7 +8,7 @@ import { PlanView } from "../engine/plan";
 import type { Engine, Field, State, Value, Values, View } from "../engine/types";
 import { keepKeys } from "../keys";
 import type { Context } from "../model";
-import { Requests } from "../requests";
+import { complaints, Requests } from "../requests";
 import { Scope } from "../scope";
 import theme from "../theme.css?inline";
 import css from "./engine_panel.css?inline";
@@ -20,7 +20,7 @@ const OPEN = new Set(["Model", "Precision", "Place", "Context"]);
 function render({ model, el }: Context<State>): () => void {
   const scope = new Scope();
   const complaint = element("p", { class: "kn-error", role: "alert" });
-  const requests = new Requests(scope, model, (text) => say(complaint, text));
+  const requests = new Requests(scope, model, complaints(complaint));
   const values = (): Values => model.get("values") ?? {};
   const view = (): View => model.get("view") ?? {};
   const set = (changes: Record<string, Value>): void => {

@@ -134,7 +134,12 @@ class ChatControl:
         raise ConversationError("there is no such turn on this branch", why="it was left for another, or changed")
 
     def _start(
-        self, prompt: str, begin: Callable[[ChatSession, dict[str, Any]], Any], *, replaces: str = "", written: str = ""
+        self,
+        prompt: str,
+        begin: Callable[[ChatSession, dict[str, Any]], Any],
+        *,
+        replaces: str = "",
+        written: str | None = None,
     ) -> None:
         self._rt.need_engine()
         with self._lock:
@@ -251,6 +256,9 @@ class ChatControl:
         """Let go of the runtime. An answer goes on and is kept. Safe to call twice."""
         self._unwatch()
         self._unwatch_runtime()
+        for page in list(self._pages.values()):
+            if page.round is not None:
+                self.loop.call_soon_threadsafe(page.round.close)
 
     def _look_around(self) -> None:
         """An engine or a conversation came or went."""

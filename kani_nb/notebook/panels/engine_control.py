@@ -100,7 +100,8 @@ class EngineControl:
 
     def refresh(self) -> None:
         """Plan again, for what is free now."""
-        self.set_values(self._values)
+        with self._lock:
+            self.set_values(self._values)
 
     def check_again(self) -> None:
         """The same, and look again for a model that was not to be had."""
@@ -157,6 +158,8 @@ class EngineControl:
             forget_tracebacks(self._shell)  # what the frames of a failed cell hold, the load may need
             watched = Watched(self._rt.engines.values())
             loaded = await self._rt.load(config, progress=self._progress)
+            with self._lock:
+                self._busy = replace(self._busy, can_cancel=False) if self._busy is not None else None
             words = outcome(loaded)
             took = words["note"] or f"loaded in {seconds(time.monotonic() - started_at)}"
             line = " · ".join(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from kani_nb.conversation.tools import APPROVAL_CHOICES, WorkerHost
+from kani_nb.conversation.tools import APPROVAL_CHOICES, CannotAskError, WorkerHost
 from kani_nb.conversation.tree import new_id
 
 
@@ -19,10 +19,13 @@ class PaneHost(WorkerHost):
     def __init__(self, show: Callable[[dict[str, str]], None]) -> None:
         self._show = show
         self._asked = ""
+        self._is_closed = False
         self._answer: asyncio.Future[str] | None = None
 
     async def ask(self, question: str) -> str:
         """See `Host.ask`."""
+        if self._is_closed:
+            raise CannotAskError("the pane that would ask was closed")
         self._asked, self._answer = new_id(), asyncio.get_running_loop().create_future()
         self._show({"id": self._asked, "text": question.removesuffix(APPROVAL_CHOICES).rstrip()})
         try:
@@ -30,6 +33,11 @@ class PaneHost(WorkerHost):
         finally:
             self._answer = None
             self._show({})
+
+    def close(self) -> None:
+        """Nobody looks any more: what is asked is refused. On the loop's thread."""
+        self._is_closed = True
+        self.answer(self._asked, "n")
 
     def answer(self, question_id: str, text: str) -> None:
         """What was pressed; nothing where another question stands there by now. On the loop's thread."""

@@ -27,13 +27,13 @@ class Asked:
         prompt: shown while it runs.
         open_stream: begins the round.
         replaces: id of the turn in whose place the answer will stand; empty where it is a new turn.
-        written: what would be lost if the round failed.
+        written: what would be lost if the round failed; None where that is nothing.
     """
 
     prompt: str
     open_stream: OpenStream
     replaces: str = ""
-    written: str = ""
+    written: str | None = None
 
 
 class PaneRound:
@@ -81,7 +81,7 @@ class PaneRound:
                         return self._ended("Stopped before the first word: nothing was added.", asked.written)
         except KaniNbError as error:
             is_kept = getattr(error, "reply", None) is not None
-            return self._ended(str(error), "" if is_kept else asked.written)
+            return self._ended(str(error), None if is_kept else asked.written)
         except Exception as error:  # noqa: BLE001 - shown where the person looks; there is no cell for a traceback
             return self._ended(without_secrets(f"{type(error).__name__}: {error}"), asked.written)
         finally:
@@ -89,13 +89,20 @@ class PaneRound:
             session.host = before
         return {"problem": {}, "notices": [plain(str(each)) for each in notices]}
 
-    def _ended(self, why: str, written: str) -> dict[str, Any]:
-        return {"problem": {"text": plain(why), "prompt": plain(written)}, "notices": []}
+    def _ended(self, why: str, written: str | None) -> dict[str, Any]:
+        # Files alone are a prompt too: that something comes back is said apart from the words.
+        problem = {"text": plain(why), "prompt": plain(written or ""), "gives_back": written is not None}
+        return {"problem": problem, "notices": []}
 
     def answer(self, question_id: str, text: str) -> None:
         """What was pressed where the round asks: `y`, `n` or `a` for always."""
         if self._host is not None:
             self._host.answer(question_id, text)
+
+    def close(self) -> None:
+        """Go on without a pane: nobody can be asked any more."""
+        if self._host is not None:
+            self._host.close()
 
     def show_whole(self) -> None:
         """Show all of it at once."""

@@ -35,12 +35,13 @@ class PlanFollower:
 
     def __init__(self, given_back: Callable[[], Mapping[str, int]], changed: Callable[[], None]) -> None:
         self._given_back, self._changed = given_back, changed
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._config: EngineConfig | None = None
         self._readings: dict[_Key, ModelReading | KaniNbError] = {}
         self._preview: LoadPreview | None = None
         self._reader, self._planner = Latest("kani-nb-panel-read"), Latest("kani-nb-panel-plan")
         self._cancelled = threading.Event()
+        self._read_key: _Key | None = None
         self.is_reading = False
         self.errors: dict[str, str] = {}
 
@@ -70,11 +71,10 @@ class PlanFollower:
                 return
             known = self._readings.get(_key(config))
             if known is None:
-                self._cancelled.set()
-                self._cancelled = cancelled = threading.Event()
-                self.is_reading, self._preview = True, None
-                self._reader.submit(lambda: self._read(config, cancelled))
-            elif isinstance(known, KaniNbError):
+                self._begin_to_read(config)
+                return
+            self._end_reading()
+            if isinstance(known, KaniNbError):
                 self._preview = None
                 self.errors = {field_of(known, ("revision", "trust_remote_code")) or "model": str(known)}
             else:
@@ -82,7 +82,8 @@ class PlanFollower:
 
     def forget_failures(self) -> None:
         """What was not to be had may be there the next time it is asked for."""
-        self._readings = {key: each for key, each in self._readings.items() if isinstance(each, ModelReading)}
+        with self._lock:
+            self._readings = {key: each for key, each in self._readings.items() if isinstance(each, ModelReading)}
 
     def wait(self, timeout_s: float) -> bool:
         """Block until the plan is that of the configuration; whether that came in time."""
@@ -95,6 +96,18 @@ class PlanFollower:
         self._reader.close()
         self._planner.close()
 
+    def _begin_to_read(self, config: EngineConfig) -> None:
+        if self.is_reading and self._read_key == _key(config):
+            return
+        self._end_reading()
+        self._cancelled = cancelled = threading.Event()
+        self.is_reading, self._read_key, self._preview = True, _key(config), None
+        self._reader.submit(lambda: self._read(config, cancelled))
+
+    def _end_reading(self) -> None:
+        self._cancelled.set()
+        self.is_reading = False
+
     def _read(self, config: EngineConfig, cancelled: threading.Event) -> None:
         try:
             found: ModelReading | KaniNbError = read_model(config, cancelled=cancelled)
@@ -102,12 +115,13 @@ class PlanFollower:
             found = error
         except Exception as error:  # noqa: BLE001 - what is wrong with a model is said at its field
             found = ModelFilesError(f"{config.model} could not be read", why=in_words(error))
-        if cancelled.is_set():
-            return
-        self.forget_failures()
-        self._readings[_key(config)] = found
-        self.is_reading = False
-        self.follow(self._config)
+        with self._lock:
+            if cancelled.is_set():
+                return
+            self.forget_failures()
+            self._readings[_key(config)] = found
+            self.is_reading = False
+            self.follow(self._config)
         self._changed()
 
     def _plan(self, config: EngineConfig, reading: ModelReading) -> None:

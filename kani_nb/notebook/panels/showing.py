@@ -53,9 +53,12 @@ class ShownPanel:
 
 
 def keep_shown(what: str, panel: Closeable) -> None:
-    """Close what the running cell showed the last time it ran: it is seen no more, and would follow all the same."""
+    """Close what the running cell showed the last time it ran: it is seen no more, and would follow all the same.
+
+    In a front end that does not name its cells, a panel follows until the extension is unloaded.
+    """
     cell = cell_ref(get_ipython())
-    runtime().keep_shown(f"{what} in {cell.cell_id or cell.execution_id}", panel)
+    runtime().keep_shown(f"{what} in {cell.cell_id or cell.execution_id}", panel, str(cell.execution_id))
 
 
 def can_show_panel(shell: Any) -> bool:
