@@ -67,9 +67,7 @@ class EngineRoster:
         self._watchers = Watchers()
 
     def watch(self, changed: Callable[[], None]) -> Callable[[], None]:
-        """Have `changed` called after an engine, or a conversation, came, went or became the current one.
-
-        The result ends that.
+        """Have `changed` called after an engine was loaded, freed or made the current one; the result ends that.
 
         It is called on whichever thread did that, and must be short.
         """

@@ -7,10 +7,12 @@ loop; what is here can be called from any thread. It knows nothing of IPython.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from kani_nb._engines import EngineRoster, LoadedEngine, UnloadReport
+from kani_nb._watchers import Watchers
 from kani_nb.conversation.session import ChatSession
 from kani_nb.conversation.store import ConversationStore, ConversationSummary, default_store_path
 from kani_nb.conversation.tree import Conversation
@@ -53,6 +55,14 @@ class Runtime(EngineRoster):
         self._chats: dict[str, ChatSession] = {}
         self._chat: ChatSession | None = None
         self._resumed: str | None = None
+        self._chat_watchers = Watchers()
+
+    def watch_chats(self, changed: Callable[[], None]) -> Callable[[], None]:
+        """Have `changed` called after a conversation came, went or became the current one; the result ends that.
+
+        It is called on whichever thread did that, and must be short.
+        """
+        return self._chat_watchers.add(changed)
 
     @property
     def store(self) -> ConversationStore | None:
@@ -76,7 +86,7 @@ class Runtime(EngineRoster):
             if self._chat is not None:
                 return self._chat
             made = self._adopt(Conversation.new(self._free_chat_name(), self.notebook))
-        self._watchers.tell()
+        self._chat_watchers.tell()
         return made
 
     @property
@@ -87,7 +97,7 @@ class Runtime(EngineRoster):
     def set_chat(self, chat: ChatSession | None) -> None:
         """Make an open conversation the current one; with None the next one asked for is new."""
         self._chat = chat
-        self._watchers.tell()
+        self._chat_watchers.tell()
 
     @property
     def chats(self) -> dict[str, ChatSession]:
@@ -102,7 +112,7 @@ class Runtime(EngineRoster):
         """
         name = self._free_chat_name() if name is None else self._new_chat_name(name, fix=f"%chat open {name}")
         chat = self._adopt(Conversation.new(name, self.notebook, system))
-        self._watchers.tell()
+        self._chat_watchers.tell()
         return chat
 
     def rename_chat(self, chat: ChatSession, name: str) -> None:
@@ -143,7 +153,7 @@ class Runtime(EngineRoster):
             ConversationError: there is none, or several notebooks have one.
         """
         chat = self._open(name)
-        self._watchers.tell()
+        self._chat_watchers.tell()
         return chat
 
     def _open(self, name: str) -> ChatSession:
@@ -174,7 +184,7 @@ class Runtime(EngineRoster):
     def adopt_chat(self, conversation: Conversation) -> ChatSession:
         """Make a conversation from elsewhere (a file) the current one; it is saved with its next turn."""
         chat = self._adopt(conversation)
-        self._watchers.tell()
+        self._chat_watchers.tell()
         return chat
 
     def resume(self, name: str | None = None) -> ChatSession:
@@ -231,7 +241,7 @@ class Runtime(EngineRoster):
                 assert self.store is not None
                 self.store.delete(conversation_id)
         finally:
-            self._watchers.tell()
+            self._chat_watchers.tell()
 
     def _adopt(self, conversation: Conversation) -> ChatSession:
         with self._lock:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from kani_nb._secrets import holds_secret, without_secrets
 from kani_nb.errors import ConfigError
 
-__all__ = ["ask_token", "refuse_secrets", "without_secrets"]
+__all__ = ["ask_token", "error_words", "refuse_secrets", "without_secrets"]
 
 _ADVICE = (
     "set HF_TOKEN in the environment before the kernel starts, or in Colab's Secrets, or run %kani token and paste it "
@@ -42,6 +42,11 @@ def refuse_secrets(line: str, place: str = "cell") -> None:
     what, advice = ("a password or a key", _SERVER_ADVICE) if _SERVER.search(line) else ("a token", _ADVICE)
     why, fix = "it would be saved with the notebook", advice.format(place=place)
     raise ConfigError(f"{what} does not belong into a {place}", why=why, fix=fix) from None
+
+
+def error_words(error: Exception) -> str:
+    """An error that nobody thought of, for a page: its class, and what it says without secrets."""
+    return without_secrets(f"{type(error).__name__}: {str(error)[:300]}")
 
 
 def ask_token(ask: Callable[[str], str], variable: str = "HF_TOKEN") -> None:

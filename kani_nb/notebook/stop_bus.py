@@ -13,6 +13,7 @@ is False and the interrupt is what remains.
 from __future__ import annotations
 
 import hmac
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+_LOG = logging.getLogger(__name__)
 Handler = Callable[[Mapping[str, Any]], None]
 
 
@@ -77,20 +79,22 @@ class StopBus:
             self._tap.pump()
 
     def _hear(self, content: Mapping[str, Any]) -> None:
-        """A message of our own on the control channel: `{"comm_id", "data"}`."""
+        """What a comm message has, `{"comm_id", "data"}`, seen on its way or on the control channel."""
         handler, data = self._handlers.get(str(content.get("comm_id"))), content.get("data")
-        if handler is not None:
+        if handler is None:
+            return
+        try:
             handler(data if isinstance(data, Mapping) else {})
+        except Exception:  # noqa: BLE001 - the message has yet to take its usual way through the kernel
+            _LOG.exception("a Stop could not be handled")
 
     def _look(self, frames: Any) -> None:
         if not self._handlers:
             return
         kernel: Any = self._kernel
         message = _peek(kernel.session, frames)
-        handler = self._handlers.get(str(message.get("comm_id"))) if message else None
-        if handler is not None and message is not None:
-            data = message.get("data")
-            handler(data if isinstance(data, Mapping) else {})
+        if message is not None:
+            self._hear(message)
 
 
 def _peek(session: Any, frames: Any) -> Mapping[str, Any] | None:

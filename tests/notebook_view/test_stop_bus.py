@@ -134,6 +134,18 @@ def test_a_click_is_seen_while_a_cell_blocks(kernel, with_subshell):
 
 
 @pytest.mark.kernels
+def test_a_handler_that_fails_costs_the_kernel_no_message(kernel):
+    comm_id = prepare(kernel)
+    kernel.run("bus.register(comm.comm_id, lambda data: early.append(data['n']) or 1 / 0)")
+    cell = kernel.start("wait_for_click(8)")
+    is_busy(kernel, cell)
+    kernel.send(comm_id, {"n": 1})
+    kernel.output(cell)
+    kernel.send(comm_id, {"n": 2})
+    assert kernel.run("time.sleep(0.2); print(early, late)") == "[1, 2] [1, 2]"
+
+
+@pytest.mark.kernels
 def test_queued_cells_and_messages_keep_their_order(kernel):
     comm_id = prepare(kernel)
     kernel.run("comm.on_msg(lambda message: order.append(message['content']['data']['n']))")

@@ -36,10 +36,10 @@ export class Composer {
   private readonly cancel = element("button", { type: "button", class: "kn-small", "aria-label": "Cancel the edit" }, "Cancel");
   private readonly purpose = element("div", { class: "kn-row kn-hidden" }, this.label, this.cancel);
   private files: readonly File[] = [];
-  private isAnswering = false;
+  /** The answer that runs; empty where none does. */
   private run = "";
-  /** What was sent and is not taken yet. */
-  private sent: Draft | null = null;
+  /** What is written was sent, and is not taken yet. */
+  private isSent = false;
 
   constructor(
     scope: Scope,
@@ -52,10 +52,10 @@ export class Composer {
         event.preventDefault();
         this.submit();
       }
-      if (event.key === "Escape") (this.isAnswering ? acts.stop : acts.escape)();
+      if (event.key === "Escape") (this.run ? acts.stop : acts.escape)();
     });
     scope.listen(this.box, "input", () => {
-      this.sent = null;
+      this.isSent = false;
       this.fit();
     });
     scope.listen(this.box, "paste", (event) => {
@@ -91,17 +91,16 @@ export class Composer {
         this.acts.complain(`${file.name} has ${(file.size / 2 ** 20).toFixed(1)} MB: ${most} can be sent from here. In a cell: %%chat -a FILE`);
       } else this.files = [...this.files, file];
     }
-    this.sent = null;
+    this.isSent = false;
     this.drawChips();
   }
 
   /** Whether Stop or Send is what can be pressed: an answer of that id runs, or none where it is empty. */
   answering(run: string): void {
     if (run === this.run) return;
-    this.run = run;
+    const had = document.activeElement === (this.run ? this.stopButton : this.sendButton);
     const is = run !== "";
-    const had = document.activeElement === (this.isAnswering ? this.stopButton : this.sendButton);
-    this.isAnswering = is;
+    this.run = run;
     this.sendButton.classList.toggle("kn-hidden", is);
     this.stopButton.classList.toggle("kn-hidden", !is);
     this.stopButton.disabled = false;
@@ -122,7 +121,7 @@ export class Composer {
   fill(draft: Draft, label = ""): void {
     this.box.value = draft.text;
     this.files = draft.files;
-    this.sent = null;
+    this.isSent = false;
     this.say(label);
     this.drawChips();
     this.fit();
@@ -146,13 +145,13 @@ export class Composer {
 
   /** What was sent was not taken: it may be sent again. */
   again(): void {
-    this.sent = null;
+    this.isSent = false;
   }
 
   private submit(): void {
     const draft = this.draft;
-    if (this.isAnswering || this.sendButton.disabled || this.sent || (!draft.text.trim() && !draft.files.length)) return;
-    this.sent = draft;
+    if (this.run || this.sendButton.disabled || this.isSent || (!draft.text.trim() && !draft.files.length)) return;
+    this.isSent = true;
     this.acts.send(draft);
   }
 
@@ -167,7 +166,7 @@ export class Composer {
         const away = element("button", { type: "button", class: "kn-small", "aria-label": `Remove ${file.name}` }, "✕");
         press(away, () => {
           this.files = this.files.filter((each) => each !== file);
-          this.sent = null;
+          this.isSent = false;
           this.drawChips();
         });
         return element("li", {}, `${file.name} (${Math.ceil(file.size / 1024)} KB) `, away);

@@ -68,7 +68,7 @@ class ChatControl:
         self._pages: dict[str, _Page] = {}
         self._page = self._page_of(session or rt.chat)
         self._unwatch = self._page.session.watch(self.refresh)
-        self._unwatch_runtime = rt.watch(self._look_around)
+        self._unwatch_engines, self._unwatch_chats = rt.watch(self._show_around), rt.watch_chats(self._look_around)
         self._show_all()
 
     @property
@@ -255,17 +255,16 @@ class ChatControl:
     def close(self) -> None:
         """Let go of the runtime. An answer goes on and is kept. Safe to call twice."""
         self._unwatch()
-        self._unwatch_runtime()
+        self._unwatch_engines()
+        self._unwatch_chats()
         for page in list(self._pages.values()):
             if page.round is not None:
                 self.loop.call_soon_threadsafe(page.round.close)
 
     def _look_around(self) -> None:
-        """An engine or a conversation came or went."""
+        """A conversation came or went."""
         if self.session.is_deleted:
             self._go_to(self._rt.chat)
-        else:
-            self._show_around()
 
     def _show_all(self) -> None:
         self._show_of(self._page, {**self._turns(), **self._page.shown})

@@ -10,7 +10,6 @@ import anywidget
 import traitlets
 
 from kani_nb._runtime import Runtime, runtime
-from kani_nb._secrets import without_secrets
 from kani_nb.conversation.session import ChatSession
 from kani_nb.engines.attachments import part_of
 from kani_nb.errors import KaniNbError
@@ -18,6 +17,7 @@ from kani_nb.notebook.panels.chat_control import ChatControl
 from kani_nb.notebook.panels.chat_twin import ChatTwin
 from kani_nb.notebook.panels.latest import Latest
 from kani_nb.notebook.panels.showing import ShownPanel, keep_shown
+from kani_nb.notebook.secrets import error_words
 from kani_nb.notebook.stop_bus import StopBus
 from kani_nb.notebook.transcript import plain
 
@@ -141,7 +141,7 @@ class ChatPanel(anywidget.AnyWidget):
         except KaniNbError as error:
             answer |= {"kind": "error", "why": plain(str(error))}
         except Exception as error:  # noqa: BLE001 - whatever a page sends, it is answered
-            answer |= {"kind": "error", "why": without_secrets(f"a message of the pane could not be read: {error!r}")}
+            answer |= {"kind": "error", "why": plain(f"a message of the pane could not be read: {error_words(error)}")}
         self.send(answer)
 
     def _done(self, content: dict[str, Any], buffers: Sequence[Any]) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ class Dashboard:
         self._figure = LiveFigure(metrics)
         self._shown = ShownPanel(self._figure.widget, _twin(metrics))
         self._unlisten = rt.metrics.listen(lambda _latest: self._redraw())
-        self._unwatch = rt.watch(self._redraw)
+        self._unwatch = rt.watch_chats(self._redraw)
 
     def close(self) -> None:
         """Take the figure away; what stands in its place stays. Safe to call twice."""

@@ -35,7 +35,8 @@ from kani_nb.notebook.panels.engine_form import (
     without_foreign_knobs,
 )
 from kani_nb.notebook.panels.engine_view import Busy, engines_view, model_words
-from kani_nb.notebook.panels.plan_follower import PlanFollower, in_words
+from kani_nb.notebook.panels.plan_follower import PlanFollower
+from kani_nb.notebook.secrets import error_words
 from kani_nb.notebook.stat_line import seconds
 
 _PROGRESS_EVERY_S = 0.2
@@ -174,7 +175,7 @@ class EngineControl:
         except KaniNbError as error:
             self._end(str(error), is_error=True)
         except Exception as error:  # noqa: BLE001 - shown where the person looks; there is no cell for a traceback
-            self._end(in_words(error), is_error=True)
+            self._end(error_words(error), is_error=True)
         finally:
             ticking.cancel()
 
@@ -189,7 +190,7 @@ class EngineControl:
         except KaniNbError as error:
             self._end(str(error), is_error=True)
         except Exception as error:  # noqa: BLE001 - as for a load
-            self._end(in_words(error), is_error=True)
+            self._end(error_words(error), is_error=True)
 
     async def _held(self, watched: Watched) -> str:
         """What of the engines that were freed for a load is held, and by whom."""

@@ -8,12 +8,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from kani_nb._secrets import without_secrets
 from kani_nb.conversation.session import ChatReply, ChatSession
 from kani_nb.conversation.tree import new_id
 from kani_nb.errors import KaniNbError
 from kani_nb.notebook.panels.answer_feed import DELTA_EVERY_S, AnswerFeed
 from kani_nb.notebook.panels.pane_host import PaneHost
+from kani_nb.notebook.secrets import error_words
 from kani_nb.notebook.transcript import plain
 
 OpenStream = Callable[[], AsyncIterator[Any]]
@@ -83,7 +83,7 @@ class PaneRound:
             is_kept = getattr(error, "reply", None) is not None
             return self._ended(str(error), None if is_kept else asked.written)
         except Exception as error:  # noqa: BLE001 - shown where the person looks; there is no cell for a traceback
-            return self._ended(without_secrets(f"{type(error).__name__}: {error}"), asked.written)
+            return self._ended(error_words(error), asked.written)
         finally:
             ticking.cancel()
             session.host = before

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kani_nb._secrets import without_secrets
 from kani_nb.config import EngineConfig
 from kani_nb.errors import ConfigError, DoesNotFitError, KaniNbError, ModelFilesError
 from kani_nb.load_preview import LoadPreview, ModelReading, read_model
 from kani_nb.notebook.panels.engine_form import field_of
 from kani_nb.notebook.panels.engine_view import plan_view
 from kani_nb.notebook.panels.latest import Latest
+from kani_nb.notebook.secrets import error_words
 
 _Key = tuple[str, str | None, bool]
 
@@ -114,7 +114,7 @@ class PlanFollower:
         except KaniNbError as error:
             found = error
         except Exception as error:  # noqa: BLE001 - what is wrong with a model is said at its field
-            found = ModelFilesError(f"{config.model} could not be read", why=in_words(error))
+            found = ModelFilesError(f"{config.model} could not be read", why=error_words(error))
         with self._lock:
             if cancelled.is_set():
                 return
@@ -128,7 +128,7 @@ class PlanFollower:
         try:
             preview = reading.preview(config, also_free=self._given_back())
         except Exception as error:  # noqa: BLE001 - without a plan, but not without a word
-            preview = LoadPreview(error=ConfigError("model: no plan could be made", why=in_words(error)))
+            preview = LoadPreview(error=ConfigError("model: no plan could be made", why=error_words(error)))
         refusal = preview.error
         with self._lock:
             if self._config != config:
@@ -137,11 +137,6 @@ class PlanFollower:
             about = "" if refusal is None or isinstance(refusal, DoesNotFitError) else field_of(refusal)
             self.errors = {about: str(refusal)} if about else {}
         self._changed()
-
-
-def in_words(error: Exception) -> str:
-    """An error that nobody thought of: its class, and what it says without secrets."""
-    return without_secrets(f"{type(error).__name__}: {str(error)[:300]}")
 
 
 def _key(config: EngineConfig) -> _Key:
